@@ -1,0 +1,86 @@
+"""Exact save and resume: the state, and where the data stood, in one orbax checkpoint.
+
+The teacher's parameters are never in a checkpoint. Keys are not either: they follow from the seed and
+the step.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from kdrl_jax.types import Params, TrainState
+
+
+class Checkpoints:
+    """The `checkpoints/` of a run. Saving is asynchronous; `close` waits for it."""
+
+    def __init__(self, run_dir: str | Path, keep: int | None = None):
+        self.directory = Path(run_dir).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
+        """Starts a save. Arrays are copied before this returns, so they may be donated afterwards.
+
+        Args:
+            step: optimizer steps done.
+            host: JSON-able: the position in the data and the counters of the host.
+        """
+        if step == self.latest_step:
+            return
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave(_rest(state)),
+            host=ocp.args.JsonSave(host),
+        )
+        self._manager.save(step, args=args)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint, laid out as `abstract` (shapes, types, shardings) says."""
+        step = self._require()
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            rest=ocp.args.StandardRestore(_rest(abstract)),
+            host=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(step, args=args)
+        return TrainState(params=found.params, **found.rest), found.host
+
+    def restore_params(self, abstract: Params) -> Params:
+        """Only the parameters of the newest checkpoint, laid out and cast as `abstract` says."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(self._require(), args=args).params
+
+    def _require(self) -> int:
+        if self.latest_step is None:
+            raise ValueError(f"{self.directory} holds no complete checkpoint; train the run first")
+        return self.latest_step
+
+    def wait(self) -> None:
+        """Waits until everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "skipped": state.skipped,
+        "skipped_total": state.skipped_total,
+    }
+
+
+def abstract_like(tree: Any) -> Any:
+    """Shapes, types and shardings of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,103 @@
+"""Settings of schedules over the optimizer step. `optim.make_schedule` turns them into optax.
+
+In YAML a schedule is a number (constant) or a mapping with a `kind`:
+
+    kd: {coef: {kind: max_linear, a: 5e-3, b: 5e-5, c: 1e-3}}
+"""
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Discriminator, Tag, model_validator
+
+from kdrl_jax.config.base import Count, Positive, Real, Section
+
+
+class _Schedule(Section):
+    warmup_steps: Count = 0
+    """Steps of linear rise from 0 to the schedule's first value; the schedule starts after them."""
+
+
+class Constant(_Schedule):
+    kind: Literal["constant"] = "constant"
+    value: Real
+    """The value at every step."""
+
+
+class Linear(_Schedule):
+    kind: Literal["linear"]
+    start: Real
+    end: Real
+    steps: Positive
+    """Steps from `start` to `end`; `end` afterwards."""
+
+
+class Cosine(_Schedule):
+    kind: Literal["cosine"]
+    start: Real
+    end: Real = 0.0
+    steps: Positive
+    """Steps of the half cosine from `start` to `end`; `end` afterwards."""
+
+
+class Exponential(_Schedule):
+    kind: Literal["exponential"]
+    start: Real
+    rate: Real
+    """Factor applied over every `steps` steps: start * rate ** (step / steps)."""
+    steps: Positive
+    end: Real | None = None
+    """Bound that the value does not pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Exponential":
+        if self.rate <= 0:
+            raise ValueError(f"an exponential schedule needs rate > 0, got {self.rate}")
+        return self
+
+
+class Piecewise(_Schedule):
+    kind: Literal["piecewise"]
+    values: dict[int, Real]
+    """`{first step: value}`; constant in between. The first key must be 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Piecewise":
+        steps = list(self.values)
+        if not steps or steps[0] != 0 or steps != sorted(set(steps)):
+            raise ValueError(f"piecewise steps must start at 0 and increase, got {steps}")
+        return self
+
+
+class MaxLinear(_Schedule):
+    """max(a - b * step, c): the KD annealing of KDRL (arXiv 2506.02208)."""
+
+    kind: Literal["max_linear"]
+    a: Real
+    b: Real
+    c: Real
+
+
+def _number_is_constant(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"kind": "constant", "value": value}
+    if not isinstance(value, (dict, _Schedule)):
+        raise ValueError("expected a number or a mapping with a 'kind'")
+    return value
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind", "constant") if isinstance(value, dict) else value.kind
+
+
+Schedule = Annotated[
+    Union[
+        Annotated[Constant, Tag("constant")],
+        Annotated[Linear, Tag("linear")],
+        Annotated[Cosine, Tag("cosine")],
+        Annotated[Exponential, Tag("exponential")],
+        Annotated[Piecewise, Tag("piecewise")],
+        Annotated[MaxLinear, Tag("max_linear")],
+    ],
+    Discriminator(_kind),
+    BeforeValidator(_number_is_constant),
+]

@@ -1,0 +1,195 @@
+"""What the rest of the code knows of a tokenizer, the built-in one, and the choice between them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from kdrl_jax.config.schema import TokenizerConfig
+from kdrl_jax.data.tokenizer_gguf import load_gguf_tokenizer
+from kdrl_jax.data.tokenizer_hf import load_hf_tokenizer
+from kdrl_jax.data.tokenizer_sentencepiece import load_sentencepiece_tokenizer
+
+NO_MEANING = re.compile(
+    r"|\[PAD\d*\]|<\|?(pad|extra|dummy|reserved|unused|placeholder)\w*\|?>", re.IGNORECASE
+)
+"""Strings of ids that no text encodes to: none at all, or padding that fills a vocabulary up."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Attributes do not change after construction."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of real token ids (largest id + 1). A model's head may have more columns: padding."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows up after their length. Never an end id, so that padding never reads as an ending."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a completion, the one to train on first. Never empty."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that every plain text begins with, or None if the tokenizer adds none.
+        `encode` never adds it, and with a chat template only the template decides."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source, or None."""
+
+    @property
+    def template_tokens(self) -> Mapping[str, str]:
+        """Variables a chat template may use: `bos_token`, `eos_token`, `pad_token`, `unk_token`."""
+
+    @property
+    def special_strings(self) -> tuple[str, ...]:
+        """Strings that `encode` turns into special tokens with `special=True` only."""
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text, with nothing added at either end.
+
+        Args:
+            text: any text; `CharTokenizer` knows printable ASCII and newline only.
+            special: whether the strings of special tokens (`<|im_end|>`) become those tokens, as a
+                rendered chat template needs, or stay the letters they are, as a user's text needs.
+
+        Raises:
+            ValueError: naming a character the tokenizer cannot encode.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids. Special tokens and ids without a token are left out."""
+
+    def token_strings(self) -> list[str]:
+        """The token of each id, `vocab_size` of them; "" where an id has none. For comparisons."""
+
+
+class CharTokenizer:
+    """Built in: one token per printable ASCII character or newline, a pad (0) and an end token (1)."""
+
+    chat_template: str | None = None
+    bos_id: int | None = None
+    pad_id: int = 0
+    end_ids: tuple[int, ...] = (1,)
+    special_strings: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self._strings = ["<pad>", "<end>", "\n", *map(chr, range(ord(" "), ord("~") + 1))]
+        self._ids = {s: i for i, s in enumerate(self._strings) if len(s) == 1}
+        self.vocab_size: int = len(self._strings)
+        self.template_tokens: Mapping[str, str] = {"pad_token": "<pad>", "eos_token": "<end>"}
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`; there are no strings for special tokens here."""
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as error:
+            char = error.args[0]
+            raise ValueError(
+                f"the char tokenizer has no token for {char!r} (U+{ord(char):04X}) in {text[:60]!r}; it "
+                "knows printable ASCII and newline. Replace the character or choose another tokenizer.kind"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return "".join(self._strings[i] for i in ids if 2 <= i < self.vocab_size)
+
+    def token_strings(self) -> list[str]:
+        """See `Tokenizer.token_strings`."""
+        return list(self._strings)
+
+
+def load_tokenizer(config: TokenizerConfig, model_path: str | None) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Args:
+        config: which kind, and with kind `file` its path.
+        model_path: with kind `model`: a Hugging Face folder or a .gguf file on this machine.
+
+    Raises:
+        FileNotFoundError: naming the file looked for and what to do.
+        ValueError: a file that cannot be used, or no model to take the tokenizer from.
+        ImportError: a .gguf file without the optional package `gguf`.
+    """
+    if config.kind == "char":
+        return CharTokenizer()
+    key, named = ("tokenizer.path", config.path) if config.kind == "file" else ("model path", model_path)
+    if named is None:
+        raise ValueError(
+            "tokenizer.kind='model' takes the tokenizer beside a model's weights, but no model has a path; "
+            "set tokenizer.kind to 'char', or to 'file' with tokenizer.path"
+        )
+    path = Path(named)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{key} {named}: no such file or folder (looked at {path.absolute()})")
+    if path.suffix == ".gguf":
+        return load_gguf_tokenizer(path)
+    if path.suffix == ".json":
+        return load_hf_tokenizer(path)
+    if path.suffix == ".model":
+        return load_sentencepiece_tokenizer(path)
+    raise ValueError(
+        f"{key} {named}: expected a folder, tokenizer.json, a SentencePiece .model or a .gguf file"
+    )
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return load_hf_tokenizer(folder / "tokenizer.json")
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return load_sentencepiece_tokenizer(models[0])
+    if models:
+        raise ValueError(f"{folder} holds {[m.name for m in models]}; name one with tokenizer.path")
+    raise FileNotFoundError(
+        f"{folder} holds neither tokenizer.json nor a SentencePiece .model; copy one there, or set "
+        "tokenizer.kind='file' and tokenizer.path. (vocab.json with merges.txt alone is not read: load it "
+        "with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json.)"
+    )
+
+
+def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, *, same_end: bool = True) -> None:
+    """Makes sure that an id means the same token to both models, without which KD is noise.
+
+    Sizes may differ by ids without meaning (none, `[PAD3]`, `<|reserved_3|>`): no text uses them.
+
+    Args:
+        student, teacher: the tokenizers to compare.
+        same_end: also require the same set of end ids. With `kd.end_token: false` they may differ.
+
+    Raises:
+        ValueError: the first ten differing tokens (id, student's, teacher's) and differing end ids.
+    """
+    ours, theirs = student.token_strings(), teacher.token_strings()
+    size = max(len(ours), len(theirs))
+    ours += [""] * (size - len(ours))
+    theirs += [""] * (size - len(theirs))
+    different = [
+        (i, a, b)
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
+        if a != b and not (NO_MEANING.fullmatch(a) and NO_MEANING.fullmatch(b))
+    ]
+    problems = []
+    if different:
+        shown = "; ".join(f"{i}: {a!r} vs {b!r}" for i, a, b in different[:10])
+        problems.append(
+            f"{len(different)} of {size} tokens differ, first (id: student vs teacher) {shown}. Distillation "
+            "compares the two models id by id: take a teacher of the student's family"
+        )
+    if same_end and set(student.end_ids) != set(teacher.end_ids):
+        problems.append(
+            f"end ids differ, student {_named(student)} vs teacher {_named(teacher)}. If the vocabularies "
+            "are the same, kd.end_token=false leaves the end token out of distillation"
+        )
+    if problems:
+        raise ValueError("student and teacher do not share a vocabulary: " + "; and ".join(problems))
+
+
+def _named(tokenizer: Tokenizer) -> str:
+    strings = tokenizer.token_strings()
+    return "{" + ", ".join(f"{i}: {strings[i]!r}" for i in sorted(tokenizer.end_ids)) + "}"

@@ -1,0 +1,204 @@
+"""Held-out accuracy, and agreement of student and teacher on the teacher's own greedy answers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdrl_jax.data.prompts import load_eval_prompts
+from kdrl_jax.metrics import repeated_ngram_frac
+from kdrl_jax.models.decoder import Model
+from kdrl_jax.rewards.pool import RewardPool, is_correct
+from kdrl_jax.rollout.engine import Engine
+from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.scoring import HeadSettings, score_hidden
+from kdrl_jax.setup import Setup
+from kdrl_jax.sharding import batch_shards
+from kdrl_jax.types import Params, Prompts, Rollouts
+
+Results = dict[str, Any]
+Step = Callable[[str, int, int], None]
+"""Called with (what, done, of) as an evaluation goes on."""
+
+
+def take(prompts: Prompts, rows: np.ndarray) -> Prompts:
+    """Some of the prompts; a row may be taken more than once."""
+    pick = [int(i) for i in rows]
+    return Prompts(
+        prompts.tokens_PT[rows],
+        prompts.lengths_P[rows],
+        prompts.draws_P[rows],
+        *(
+            tuple(getattr(prompts, f)[i] for i in pick)
+            for f in ("questions", "answers", "completions", "sources")
+        ),
+    )
+
+
+def completion_ids(rollouts: Rollouts) -> list[np.ndarray]:
+    """Each row's completion tokens, on the host."""
+    tokens, starts, lengths = (
+        np.asarray(x) for x in (rollouts.tokens_BT, rollouts.prompt_lengths_B, rollouts.completion_lengths_B)
+    )
+    return [tokens[i, starts[i] : starts[i] + lengths[i]] for i in range(len(tokens))]
+
+
+class Evaluator:
+    """Evaluates models on a config's held-out prompts; engines are made once per model and kept."""
+
+    def __init__(self, setup: Setup, pool: RewardPool):
+        c = setup.config
+        self._setup = setup
+        self._pool = pool
+        self._engines: dict[tuple[int, bool], Engine] = {}
+        self._reference: list[tuple[Rollouts, int]] | None = None
+        self._agreement: Callable[..., tuple[jax.Array, ...]]
+        self.prompts, self.dropped = load_eval_prompts(
+            c.data,
+            setup.tokenizer,
+            chat_template=c.tokenizer.chat_template,
+            num_prompts=c.eval.num_prompts,
+        )
+        # As many rows at a time as training has, so that evaluation never needs more memory.
+        self._rows = c.train.prompts_per_iteration * c.rollout.group_size
+        self._shards = batch_shards(setup.mesh)
+
+    def accuracy(
+        self,
+        model: Model,
+        params: Params,
+        *,
+        on_step: Step | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Results:
+        """Greedy and sampled (avg@k) accuracy, completion lengths, truncation and repetition.
+
+        Raises:
+            Stopped: when asked to stop between two chunks of decoding.
+        """
+        e = self._setup.config.eval
+        out: Results = {"num_prompts": len(self.prompts.questions)}
+        if e.greedy:
+            out |= self._measure(model, params, "greedy", 1, on_step, should_stop)
+        if e.num_samples:
+            out |= self._measure(model, params, "sampled", e.num_samples, on_step, should_stop)
+        return out
+
+    def agreement(self, params: Params, *, should_stop: Callable[[], bool] | None = None) -> Results:
+        """How near the student is to the teacher on the teacher's greedy answers to held-out prompts:
+        exact reverse KL (nats per token, temperature 1) and share of equal most likely tokens."""
+        teacher = self._setup.teacher
+        assert teacher is not None
+        if self._reference is None:
+            engine = self._engine(teacher.model, greedy=True, num_samples=1)
+            self._reference = [
+                (r, len(p.questions))
+                for r, p in self._generate(engine, teacher.params, None, "teacher", should_stop)
+            ]
+            head = dataclasses.replace(self._setup.head, temperature=1.0)
+            self._agreement = make_agreement(head, self._setup.student, teacher.model)
+        kl = top = count = 0.0
+        for rollouts, num_rows in self._reference:
+            sums = self._agreement(params, teacher.params, rollouts, num_rows)
+            kl, top, count = kl + float(sums[0]), top + float(sums[1]), count + float(sums[2])
+        return {"teacher_reverse_kl": kl / count, "teacher_top_agreement": top / count}
+
+    def _measure(
+        self,
+        model: Model,
+        params: Params,
+        name: str,
+        num_samples: int,
+        on_step: Step | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Results:
+        engine = self._engine(model, greedy=name == "greedy", num_samples=num_samples)
+        tokenizer = self._setup.tokenizer
+        correct: list[bool] = []
+        errors = 0
+        ids: list[np.ndarray] = []
+        ended: list[bool] = []
+        for rollouts, prompts in self._generate(engine, params, on_step, name, should_stop):
+            real = completion_ids(rollouts)[: len(prompts.questions) * num_samples]
+            repeat = functools.partial(np.repeat, repeats=num_samples)
+            scored = self._pool.score(
+                list(repeat(np.array(prompts.questions, object))),
+                [tokenizer.decode(c) for c in real],
+                list(repeat(np.array(prompts.answers, object))),
+            )
+            correct += [is_correct(s, self._setup.config.reward.verifier) for s in scored]
+            errors += sum(s.error is not None for s in scored)
+            ids += real
+            ended += [bool(x) for x in np.asarray(rollouts.ended_B)[: len(real)]]
+        return {
+            f"{name}/accuracy": float(np.mean(correct)),
+            f"{name}/length_mean": float(np.mean([len(c) for c in ids])),
+            f"{name}/truncated_frac": 1.0 - float(np.mean(ended)),
+            f"{name}/repeated_4gram_frac": repeated_ngram_frac(ids),
+            f"{name}/verifier_errors": errors,
+        }
+
+    def _engine(self, model: Model, greedy: bool, num_samples: int) -> Engine:
+        key = (id(model), greedy)
+        if key not in self._engines:
+            c = self._setup.config
+            total = len(self.prompts.questions)
+            fits = min(max(self._rows // num_samples, 1), total)
+            num = -(-fits // self._shards) * self._shards
+            sampler = SamplerSettings(
+                temperature=c.eval.temperature, greedy=greedy, top_k=c.eval.top_k, top_p=c.eval.top_p
+            )
+            self._engines[key] = self._setup.engine(model, num, num_samples, sampler)
+        return self._engines[key]
+
+    def _generate(
+        self,
+        engine: Engine,
+        params: Params,
+        on_step: Step | None,
+        name: str,
+        should_stop: Callable[[], bool] | None,
+    ) -> Iterator[tuple[Rollouts, Prompts]]:
+        """Yields (rollouts, the prompts they answer); the last batch is filled up with row 0."""
+        total, size = len(self.prompts.questions), engine.settings.num_prompts
+        key = jax.random.fold_in(jax.random.key(self._setup.config.seed), 2**31 - 1)
+        for start in range(0, total, size):
+            rows = np.arange(start, min(start + size, total))
+            filled = np.concatenate([rows, np.zeros(size - len(rows), rows.dtype)])
+            yield (
+                engine.generate(params, take(self.prompts, filled), key, should_stop=should_stop),
+                take(self.prompts, rows),
+            )
+            if on_step is not None:
+                on_step(name, int(rows[-1]) + 1, total)
+
+
+def make_agreement(
+    head: HeadSettings, student: Model, teacher: Model
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """Compiled sums over the completion tokens of the first `num_rows` rows: exact reverse KL, tokens
+    with the same most likely token, and tokens."""
+
+    def sums(
+        params: Params, teacher_params: Params, rollouts: Rollouts, num_rows: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        ours, theirs = student.bind(params), teacher.bind(teacher_params)
+        scores = score_hidden(
+            ours.hidden(rollouts.tokens_BT),
+            ours.head_kernel(),
+            rollouts.tokens_BT,
+            head,
+            theirs.hidden(rollouts.tokens_BT),
+            theirs.head_kernel(),
+        )
+        assert scores.reverse_kl_BT is not None and scores.same_top_BT is not None
+        real = jnp.arange(rollouts.tokens_BT.shape[0]) < num_rows
+        mask = rollouts.completion_mask_BT & real[:, None]
+        kl = jnp.sum(jnp.where(mask, scores.reverse_kl_BT, 0.0))
+        return kl, jnp.sum(mask & scores.same_top_BT), jnp.sum(mask)
+
+    return jax.jit(sums)

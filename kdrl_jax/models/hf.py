@@ -1,0 +1,108 @@
+"""Reading a Hugging Face folder: config.json and safetensors, whole or in shards."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16, by which safetensors asks for it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from kdrl_jax.models.decoder import DecoderConfig
+from kdrl_jax.models.families import Family, family_of
+from kdrl_jax.models.tensors import Shape
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: if the file is absent or holds anything else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; a model folder needs {path.name}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); get the file again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}, not an object; get the file again")
+    return fields
+
+
+def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
+    """The family and the decoder that the folder's config.json describes.
+
+    Raises:
+        ValueError: naming the file and each field that is not supported.
+    """
+    path = folder / "config.json"
+    fields = read_json(path)
+    try:
+        family = family_of(fields)
+        return family, family.config_from_hf(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class SafetensorsFolder:
+    """The tensors of a folder; opening it reads headers only."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError if files are absent, not whole, or not of floating type."""
+        self.where = str(folder)
+        # A reader maps its file into memory; the system keeps only the pages in use.
+        self._readers: dict[str, Any] = {}
+        self._shapes: dict[str, Shape] = {}
+        types: dict[str, str] = {}
+        for path in _shards(folder):
+            reader = _open(path)
+            for name in reader.keys():  # noqa: SIM118  (not a dict)
+                tensor = reader.get_slice(name)
+                self._readers[name] = reader
+                self._shapes[name] = tuple(tensor.get_shape())
+                types[name] = tensor.get_dtype()
+        quantised = [f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS]
+        if quantised:
+            raise ValueError(
+                f"{folder}: {', '.join(quantised)} not of type {', '.join(_FLOATS)}; "
+                "use the model that has not been quantised"
+            )
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        return self._readers[name].get_tensor(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); get the file again") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if (folder / _INDEX).is_file():
+        names = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{folder / _INDEX} has no weight_map; get the file again")
+        shards = [folder / name for name in sorted(set(map(str, names.values())))]
+        absent = [path.name for path in shards if not path.is_file()]
+        if absent:
+            raise ValueError(f"{folder} lacks {', '.join(absent)}, which {_INDEX} names; get them again")
+        return shards
+    if any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{folder} has pytorch_model.bin only, a pickle, which can run code when it is read; "
+            f"save the model as {_WHOLE}"
+        )
+    raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}; give a folder with weights")

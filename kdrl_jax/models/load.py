@@ -1,0 +1,159 @@
+"""From a `ModelConfig` to what is there: the decoder's config now, its parameters when asked for."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kdrl_jax.config import ArchitectureConfig, ModelConfig
+from kdrl_jax.models import tensors
+from kdrl_jax.models.decoder import DecoderConfig
+from kdrl_jax.models.families import Family, family_named
+from kdrl_jax.models.gguf import GGUFFile
+from kdrl_jax.models.hf import SafetensorsFolder, read_config
+from kdrl_jax.models.tensors import Put, Row, TensorFile
+from kdrl_jax.types import Params
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Weights, configs and whatever tokenizers are made of; nothing from subfolders.
+_HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
+
+
+def _to_device(path: str, leaf: np.ndarray) -> jax.Array:
+    return jax.numpy.asarray(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model that has been found, and checked as far as that goes without reading its weights."""
+
+    config: DecoderConfig
+    """After `keep_layers`."""
+    family: Family
+    tokenizer_path: str | None
+    """The folder or .gguf file whose tokenizer belongs to the model; None for random weights."""
+    _load: Callable[[Put], Params] | None
+
+    @property
+    def has_weights(self) -> bool:
+        """False for random weights, which `models.decoder.Model.init` makes."""
+        return self._load is not None
+
+    def load(self, put: Put = _to_device) -> Params:
+        """Reads the parameters, one stacked leaf at a time.
+
+        Args:
+            put: `(path, array) -> jax.Array`, called once per leaf with its dotted path, such as
+                `layers.attn.q`, and its float32 host array; chooses type and sharding.
+
+        Raises:
+            ValueError: naming every tensor that is missing, unexpected, misshapen or not finite.
+        """
+        assert self._load is not None, "a model with `architecture` has no weights to load"
+        return self._load(put)
+
+
+def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSource:
+    """Finds the model that a config names; reads headers, not weights.
+
+    Args:
+        vocab_size: of a model with random weights: its tokenizer's size. A model from files brings
+            its own and ignores it.
+
+    Raises:
+        ValueError: in one line: what was given, what is wrong with it, and what to do.
+    """
+    if config.run is not None:
+        raise ValueError(f"run={config.run!r} holds a trained checkpoint, not model files; give path instead")
+    if config.architecture is not None:
+        if config.keep_layers is not None:
+            raise ValueError(
+                f"keep_layers={list(config.keep_layers)} cuts a model that is read from files; "
+                "with architecture set num_hidden_layers"
+            )
+        if vocab_size is None:
+            raise ValueError("architecture is given without the size of a vocabulary; give a tokenizer")
+        return _from_architecture(config.architecture, vocab_size)
+    assert config.path is not None
+    path = Path(config.path).expanduser()
+    if not path.exists() and _HUB_NAME.fullmatch(config.path) and path.suffix != ".gguf":
+        path = _download(config.path)
+    elif not path.exists():
+        raise ValueError(
+            f"path={config.path!r} does not exist; give a model folder, a .gguf file or a hub name"
+        )
+    if config.sha256 is not None:
+        _check_sha256(path, config.sha256)
+    if path.is_dir():
+        return _from_folder(path, config)
+    if path.suffix != ".gguf":
+        raise ValueError(f"path={config.path!r} is a file, but not .gguf; give the folder it is in")
+    return _from_gguf(path, config)
+
+
+def _from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> ModelSource:
+    family = family_named(architecture.family)
+    # Its field names are config.json's.
+    fields = architecture.model_dump() | {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": DecoderConfig.max_positions,
+    }
+    return ModelSource(family.config_from_hf(fields), family, None, None)
+
+
+def _from_folder(folder: Path, config: ModelConfig) -> ModelSource:
+    if not (folder / "config.json").exists() and any(folder.glob("*.gguf")):
+        found = sorted(path.name for path in folder.glob("*.gguf"))
+        raise ValueError(f"path={config.path!r} is a folder of GGUF files; give one: {', '.join(found)}")
+    family, whole = read_config(folder)
+    return _source(family, family.tensors, whole, SafetensorsFolder(folder), config)
+
+
+def _from_gguf(path: Path, config: ModelConfig) -> ModelSource:
+    file = GGUFFile(path)
+    family, whole = file.config()
+    return _source(family, family.gguf_tensors, whole, file, config)
+
+
+def _source(
+    family: Family, table: tuple[Row, ...], whole: DecoderConfig, file: TensorFile, config: ModelConfig
+) -> ModelSource:
+    """Checks names and shapes now, so that a wrong file is reported before anything is compiled."""
+    tensors.check(table, whole, file)
+    layers = config.layer_indices() or tuple(range(whole.num_layers))
+    if layers[-1] >= whole.num_layers:
+        raise ValueError(
+            f"keep_layers names layer {layers[-1]}, but {file.where} has layers 0-{whole.num_layers - 1}"
+        )
+
+    def load(put: Put) -> Params:
+        return tensors.load(table, whole, file, layers, put)
+
+    return ModelSource(dataclasses.replace(whole, num_layers=len(layers)), family, file.where, load)
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if path.is_dir():
+        raise ValueError(f"sha256 checks one file, and {path} is a folder; remove sha256")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected.lower():
+        raise ValueError(f"{path} has sha256 {found}, not {expected}; get the file again")
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
+    except Exception as error:  # The client raises its own, its HTTP library's and the system's errors.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"path={name!r} is not a local path and could not be fetched from the hub ({lines[0]}); "
+            "give `path: FOLDER` with the model's files"
+        ) from error
+    return Path(folder)

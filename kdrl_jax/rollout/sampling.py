@@ -1,0 +1,73 @@
+"""Logits to a token and its log-probability, one key per row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# Candidates that top-p looks among: sorting a whole vocabulary each step costs more than the model.
+MAX_CANDIDATES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """How tokens are drawn. Training uses the full distribution; the rest is for evaluation."""
+
+    temperature: float = 1.0
+    greedy: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.top_k > MAX_CANDIDATES:
+            raise ValueError(f"top_k={self.top_k}: at most {MAX_CANDIDATES} candidates are kept")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the whole distribution."""
+        return self.greedy or self.top_k > 0 or self.top_p < 1.0
+
+
+def row_keys(key: jax.Array, draws_B: jax.Array, samples_B: jax.Array) -> jax.Array:
+    """One key per completion from its identity alone: the prompt's draw and the sample's number."""
+    fold = jax.vmap(lambda d, s: jax.random.fold_in(jax.random.fold_in(key, d), s))
+    return fold(draws_B, samples_B)
+
+
+def sample(
+    logits_BV: jax.Array, keys_B: jax.Array, positions_B: jax.Array, settings: SamplerSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Draws the token of each row at a completion position.
+
+    Args:
+        logits_BV: tempered, float32.
+        keys_B: the rows' own keys; the position is folded in here.
+        positions_B: int32, 0 for a completion's first token.
+
+    Returns:
+        int32 tokens [B] and their float32 log-probabilities [B] under the whole tempered distribution.
+    """
+    if settings.greedy:
+        tokens = jnp.argmax(logits_BV, -1)
+    else:
+        keys = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+        if settings.top_k > 0 or settings.top_p < 1.0:
+            tokens = _sample_candidates(logits_BV, keys, settings)
+        else:
+            tokens = jax.vmap(jax.random.categorical)(keys, logits_BV)
+    chosen = jnp.take_along_axis(logits_BV, tokens[:, None], axis=-1)[:, 0]
+    logprobs = chosen - jax.nn.logsumexp(logits_BV, axis=-1)
+    return tokens.astype(jnp.int32), logprobs
+
+
+def _sample_candidates(logits_BV: jax.Array, keys: jax.Array, settings: SamplerSettings) -> jax.Array:
+    num = min(settings.top_k or MAX_CANDIDATES, logits_BV.shape[-1])
+    top, ids = jax.lax.top_k(logits_BV, num)
+    if settings.top_p < 1.0:
+        # top-p of what top-k kept (probabilities renormalised over the candidates only under top-k).
+        total = jax.nn.logsumexp(top if settings.top_k else logits_BV, axis=-1, keepdims=True)
+        probs = jnp.exp(top - total)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        top = jnp.where(before < settings.top_p, top, -jnp.inf)
+    picked = jax.vmap(jax.random.categorical)(keys, top)
+    return jnp.take_along_axis(ids, picked[:, None], axis=-1)[:, 0]

@@ -1,0 +1,88 @@
+"""The device mesh and which dimension of a tensor lies on which of its axes.
+
+Tensors are described by the letters of the house (`"L D N H"`); one table maps letters to mesh axes.
+The mesh is Auto: the compiler propagates shardings between the constraints given here.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kdrl_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "B": ("data", "fsdp"),  # rows: every device of these axes works on its own
+    "P": ("data", "fsdp"),
+    "V": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "D": "fsdp",  # parameters only; activations name their D "E" so that it stays whole
+    "E": None,
+    "L": None,
+    "H": None,
+    "T": None,
+    "S": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over the devices.
+
+    Raises:
+        ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        wanted = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+        raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices; set one size to -1")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=np.asarray(devices))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts rows are cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec(dims: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The partition of a tensor: a dimension that its axis does not divide stays whole."""
+    letters = dims.split()
+    if len(letters) != len(shape):
+        raise ValueError(f"dims {dims!r} do not describe shape {tuple(shape)}")
+    entries: list[str | tuple[str, ...] | None] = []
+    for letter, size in zip(letters, shape, strict=True):
+        axis = RULES[letter]
+        names = (axis,) if isinstance(axis, str) else (axis or ())
+        parts = math.prod(mesh.shape[n] for n in names)
+        entries.append(axis if size % parts == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def sharding(dims: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, spec(dims, shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """Pins an intermediate to its place on the mesh of `jax.set_mesh`; without one, returns it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, mesh))

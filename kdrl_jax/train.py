@@ -1,0 +1,442 @@
+"""The training loop. Read this file first: one iteration is eight named stages, each one call.
+
+prompts   draw questions
+rollouts  the student (or the dataset) completes them
+teacher   the teacher scores the same tokens, dispatched before the host waits for rewards
+rewards   worker processes verify the answers
+batch     advantages and masks
+update    one compiled optimizer step per minibatch
+write     metrics and samples
+save      a checkpoint, if due; nothing is in flight here
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from kdrl_jax.batch import make_batch_builder, split
+from kdrl_jax.checkpoint import Checkpoints, abstract_like
+from kdrl_jax.config import Config, load_config, save_config
+from kdrl_jax.data.prompts import PromptStream, encode_completion, open_prompts
+from kdrl_jax.evaluate import Evaluator, Results, completion_ids
+from kdrl_jax.metrics import MetricsWriter, read_json, repeated_ngram_frac, write_json, write_jsonl
+from kdrl_jax.progress import Reporter
+from kdrl_jax.rewards.pool import RewardPool, Scored, is_correct, total
+from kdrl_jax.rollout.engine import Stopped
+from kdrl_jax.rollout.recorded import from_completions
+from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.scoring import score_in_passes
+from kdrl_jax.setup import Setup, make_setup, run_of
+from kdrl_jax.sharding import rows as row_sharding
+from kdrl_jax.step import make_diagnostics, make_update
+from kdrl_jax.types import Metrics, Prompts, Rollouts, TrainState
+
+ShouldStop = Callable[[], bool]
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; one line says why and what to do. What was saved stays usable."""
+
+
+def train(config: Config, console: Console, should_stop: ShouldStop) -> bool:
+    """Trains a run, or resumes it from its newest checkpoint; first the runs its models come from.
+
+    Args:
+        should_stop: asked often; when it says so, the state is saved and the function returns.
+
+    Returns:
+        Whether the run is complete (False: stopped and saved).
+
+    Raises:
+        ValueError, FileNotFoundError: a mistake in config or data, before anything is written.
+        TrainingError: updates that are not finite, N in a row.
+    """
+    for role in ("student", "teacher"):
+        if not _train_prerequisite(config, role, console, should_stop):
+            return False
+    run_dir = Path(config.run_dir)
+    if is_complete(config):
+        return True
+    setup = make_setup(config)
+    with _Run(setup, run_dir, console, should_stop) as run:
+        return run.loop()
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the run has been trained to its last step and evaluated."""
+    done = Path(config.run_dir) / "done.json"
+    return done.exists() and read_json(done)["step"] >= config.train.num_steps
+
+
+def _train_prerequisite(config: Config, role: Any, console: Console, should_stop: ShouldStop) -> bool:
+    """Trains the run that a model of this one comes from, inside this run's directory, if need be.
+
+    It takes this run's seed and lives in `<run>/student` or `<run>/teacher`.
+    """
+    model = config.student if role == "student" else config.teacher
+    if model is None or model.run is None or Path(model.run).is_dir():
+        return True
+    directory = run_of(config, role)
+    # The directory's own config is the one it was started with; the file may have changed since.
+    saved = Path(directory or "") / "config.yaml"
+    source = saved if saved.exists() else model.run
+    inner = load_config(source, [f"seed={config.seed}", f"log.dir={directory}"])
+    return train(inner, console, should_stop)
+
+
+class _Run:
+    """One run's moving parts, and the loop over them."""
+
+    def __init__(self, setup: Setup, run_dir: Path, console: Console, should_stop: ShouldStop):
+        c = setup.config
+        self.setup, self.config, self.run_dir, self.should_stop = setup, c, run_dir, should_stop
+        names = [c.reward.verifier, *c.reward.shaping]
+        self.from_dataset = c.rollout.source == "dataset"
+        self.data = self._open_data()
+        self.pool = RewardPool(names, c.reward.num_workers, c.reward.time_limit_s)
+        self.evaluator = Evaluator(setup, self.pool) if c.data.eval else None
+        self.engine = setup.engine(
+            setup.student,
+            c.train.prompts_per_iteration,
+            c.rollout.group_size,
+            SamplerSettings(temperature=c.rollout.temperature),
+        )
+        self._compile()
+        # Everything that can be wrong with the input has been looked at; only now is anything written.
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(c, run_dir)
+        self.checkpoints = Checkpoints(run_dir, c.checkpoint.keep)
+        self.state, self.last_eval = self._start()
+        self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
+        self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
+
+    def _open_data(self) -> PromptStream:
+        c = self.config
+        return open_prompts(
+            c.data,
+            self.setup.tokenizer,
+            chat_template=c.tokenizer.chat_template,
+            prompts_per_iteration=c.train.prompts_per_iteration,
+            seed=c.seed,
+            needs_completion=self.from_dataset,
+        )
+
+    def _compile(self) -> None:
+        setup, c = self.setup, self.config
+        objective = setup.objective
+        total_rows = c.train.prompts_per_iteration * c.rollout.group_size
+        per_pass = c.train.microbatch_rows or total_rows
+        self.update = jax.jit(make_update(objective, setup.optimizer), donate_argnums=0)
+        self.diagnose = jax.jit(make_diagnostics(objective))
+        self.build_batch = make_batch_builder(c)
+        self.score_student = jax.jit(
+            lambda params, tokens: score_in_passes(
+                setup.student, params, tokens, setup.head, rows_per_pass=per_pass
+            )[0]
+        )
+        self.exact_kl = c.uses_teacher and c.kd.estimator == "full"
+        self.kernel: jax.Array | None = None
+        if setup.teacher is not None:
+            model = setup.teacher.model
+            self.score_teacher = jax.jit(
+                lambda params, tokens: score_in_passes(
+                    model, params, tokens, setup.head, rows_per_pass=per_pass, keep_hidden=self.exact_kl
+                )
+            )
+            if self.exact_kl:
+                self.kernel = setup.teacher.kernel
+
+    def _start(self) -> tuple[TrainState, int]:
+        """The first state, or the newest saved one with its position in the data."""
+        state = self.setup.init_state()
+        if self.checkpoints.latest_step is None:
+            return state, -1
+        state, host = self.checkpoints.restore(abstract_like(state))
+        self.data.set_state(host["data"])
+        return state, host["last_eval"]
+
+    def __enter__(self) -> "_Run":
+        self.reporter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.reporter.__exit__(*error)
+        self.writer.close()
+        self.pool.close()
+        self.checkpoints.close()
+
+    def loop(self) -> bool:
+        """Runs to the last step, or until asked to stop. Returns whether the run is complete."""
+        c = self.config
+        if int(self.state.step):
+            self.reporter.note(f"resumed at step {int(self.state.step)} of {c.train.num_steps}")
+        for line in self.data.describe():
+            self.reporter.note(line)
+        position = self.data.get_state()
+        try:
+            while (step := int(self.state.step)) < c.train.num_steps:
+                position = self.data.get_state()
+                self.evaluate_if_due(step)
+                if self.should_stop():
+                    raise Stopped
+                self.iteration()
+                position = self.data.get_state()
+                if self.should_stop():
+                    raise Stopped
+                if c.checkpoint.every and _crossed(step, int(self.state.step), c.checkpoint.every):
+                    self.save(position)
+            self.evaluate_if_due(c.train.num_steps)
+        except Stopped:
+            # Until an iteration's first update nothing of it counts: it is done again on resume.
+            self.save(position)
+            self.reporter.note(
+                f"stopped and saved at step {int(self.state.step)}; resume with "
+                f"python -m kdrl_jax.main --config {self.run_dir}"
+            )
+            return False
+        self.save(position)
+        write_json(self.run_dir / "done.json", {"step": int(self.state.step)})
+        return True
+
+    def save(self, position: dict[str, Any]) -> None:
+        host = {"data": position, "last_eval": self.last_eval}
+        self.reporter.stage("saving")
+        self.checkpoints.save(int(self.state.step), self.state, host)
+        # The next update is donated this state's buffers, so the save must have left them.
+        self.checkpoints.wait()
+
+    def iteration(self) -> None:
+        """One rollout cycle and its updates."""
+        clock = Clock()
+        prompts = next(self.data)
+        rollouts = self.rollouts(prompts, clock)
+        jax.block_until_ready(rollouts)
+        clock.lap("time/rollout")
+        teacher_logprobs, teacher_hidden = self.teacher_scores(rollouts)
+        old_logprobs = None
+        if self.config.train.num_minibatches > 1:
+            old_logprobs = self.score_student(self.state.params, rollouts.tokens_BT)
+        ids = completion_ids(rollouts)
+        texts = [self.setup.tokenizer.decode(row) for row in ids]
+        scored = self.rewards(prompts, texts)
+        clock.lap("time/reward")
+        jax.block_until_ready(teacher_logprobs)
+        clock.lap("time/teacher")
+        rewards, correct = self.verdicts(scored, len(ids))
+        put = row_sharding(self.setup.mesh)
+        batch = self.build_batch(
+            rollouts,
+            jax.device_put(rewards, put),
+            jax.device_put(correct, put),
+            old_logprobs,
+            teacher_logprobs,
+            teacher_hidden,
+        )
+        shared = self.describe(rollouts, ids, scored, rewards, correct)
+        minibatches = split(batch, self.config.train.num_minibatches)
+        for number, minibatch in enumerate(minibatches):
+            metrics = self.run_update(minibatch, diagnose=number == 0)
+            clock.lap("time/update")
+            # Time and throughput belong to the iteration; they are written with its last step.
+            last = number == len(minibatches) - 1
+            self.write(metrics | shared | (clock.summary(sum(map(len, ids))) if last else {}))
+        self.write_rollouts(prompts, texts, scored, rewards, rollouts)
+
+    def rollouts(self, prompts: Prompts, clock: "Clock") -> Rollouts:
+        c, t = self.config, self.setup.tokenizer
+        if self.from_dataset:
+            given = [encode_completion(t, text or "") for text in prompts.completions]
+            return from_completions(
+                prompts,
+                given,
+                max_new_tokens=c.rollout.max_new_tokens,
+                end_ids=t.end_ids,
+                pad_id=t.pad_id,
+                mesh=self.setup.mesh,
+            )
+        self.reporter.stage("sampling")
+        return self.engine.generate(
+            self.state.params,
+            prompts,
+            jax.random.fold_in(jax.random.key(c.seed), int(self.state.step)),
+            on_chunk=lambda tokens, running: self.reporter.stage(
+                f"sampling: {tokens} tokens, {running} rows running"
+            ),
+            should_stop=self.should_stop,
+        )
+
+    def teacher_scores(self, rollouts: Rollouts) -> tuple[jax.Array | None, jax.Array | None]:
+        teacher = self.setup.teacher
+        if teacher is None or not self.config.uses_teacher:
+            return None, None
+        with jax.set_mesh(self.setup.mesh):
+            return self.score_teacher(teacher.params, rollouts.tokens_BT)
+
+    def rewards(self, prompts: Prompts, texts: list[str]) -> list[Scored] | None:
+        """Verdicts of the worker processes; None for completions of a dataset."""
+        if self.from_dataset:
+            return None
+        self.reporter.stage("verifying")
+        g = self.config.rollout.group_size
+        future: Future[list[Scored]] = self.pool.submit(
+            [q for q in prompts.questions for _ in range(g)],
+            texts,
+            [a for a in prompts.answers for _ in range(g)],
+        )
+        return future.result()
+
+    def verdicts(self, scored: list[Scored] | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        r = self.config.reward
+        if scored is None:
+            return np.zeros(num_rows, np.float32), np.zeros(num_rows, bool)
+        rewards = np.array([total(s, r.verifier, r.shaping) for s in scored], np.float32)
+        return rewards, np.array([is_correct(s, r.verifier) for s in scored])
+
+    def run_update(self, minibatch: Any, diagnose: bool) -> Metrics:
+        every, step = self.config.train.diagnostics_every, int(self.state.step)
+        metrics: Metrics = {"step": step}
+        with jax.set_mesh(self.setup.mesh):
+            self.reporter.stage("updating")
+            if diagnose and every and step % every == 0 and not self.from_dataset:
+                metrics |= self.diagnose(self.state.params, minibatch, self.kernel)
+            self.state, measured = self.update(self.state, minibatch, self.kernel)
+        metrics |= jax.device_get(measured)
+        skipped = int(metrics.pop("skipped_in_a_row"))
+        if skipped >= self.config.train.max_skipped_updates:
+            raise TrainingError(
+                f"{skipped} updates in a row were not finite (step {step}, loss {metrics['loss']}); the last "
+                f"checkpoint in {self.checkpoints.directory} is good. Lower optimizer.learning_rate or "
+                "set kd.max_abs_logratio"
+            )
+        return metrics
+
+    def describe(
+        self,
+        rollouts: Rollouts,
+        ids: list[np.ndarray],
+        scored: list[Scored] | None,
+        rewards: np.ndarray,
+        correct: np.ndarray,
+    ) -> Metrics:
+        """What is true of the iteration's rollouts as a whole; the same in each of its steps."""
+        out: Metrics = {
+            "completion/length_mean": float(np.mean([len(row) for row in ids])),
+            "completion/truncated_frac": 1.0 - float(np.mean(np.asarray(rollouts.ended_B))),
+            "completion/repeated_4gram_frac": repeated_ngram_frac(ids),
+        }
+        if scored is None:
+            return out
+        per_group = rewards.reshape(-1, self.config.rollout.group_size)
+        spread = np.ptp(per_group, axis=1) > 1e-6
+        return out | {
+            "reward/mean": float(rewards.mean()),
+            "reward/solved_frac": float(correct.mean()),
+            # Groups with unequal rewards: the only ones with an RL gradient.
+            "reward/mixed_groups_frac": float(spread.mean()),
+            "reward/errors": sum(s.error is not None for s in scored),
+        }
+
+    def write(self, metrics: Metrics) -> None:
+        self.writer.write(metrics)
+        # A step is shown once it is done, so that the bar ends at the last one.
+        self.reporter.step(metrics | {"step": metrics["step"] + 1})
+
+    def write_rollouts(
+        self,
+        prompts: Prompts,
+        texts: list[str],
+        scored: list[Scored] | None,
+        rewards: np.ndarray,
+        rollouts: Rollouts,
+    ) -> None:
+        """Readable samples: the first rows, group after group."""
+        c, step = self.config, int(self.state.step)
+        first = step - c.train.num_minibatches
+        every = c.log.rollouts_every
+        last = step >= c.train.num_steps
+        if scored is None or not every or not (last or _crossed(first, step, every) or first == 0):
+            return
+        g, ended = c.rollout.group_size, np.asarray(rollouts.ended_B)
+        rows = [
+            {
+                "step": first,
+                "question": prompts.questions[i // g],
+                "answer": prompts.answers[i // g],
+                "source": prompts.sources[i // g],
+                "sample": i % g,
+                "completion": texts[i],
+                "reward": float(rewards[i]),
+                "scores": scored[i].scores,
+                "error": scored[i].error,
+                "ended": bool(ended[i]),
+            }
+            for i in range(min(c.log.rollouts_rows, len(texts)))
+        ]
+        write_jsonl(self.run_dir / "rollouts" / f"step_{first:06d}.jsonl", rows)
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Evaluates before the first step, every so often, and after the last; once per step."""
+        c = self.config
+        every = c.eval.every
+        last = step >= c.train.num_steps
+        due = step == 0 or last or (every and _crossed(step - c.train.num_minibatches, step, every))
+        if self.evaluator is None or not due or self.last_eval == step:
+            return
+        teacher_file = self.run_dir / "eval" / "teacher.json"
+        teacher = self.setup.teacher
+        if teacher is not None and not teacher_file.exists():
+            write_json(teacher_file, self.accuracy("teacher", teacher.model, teacher.params))
+        results = self.accuracy("student", self.setup.student, self.state.params)
+        if c.eval.agreement:
+            self.reporter.stage("comparing with the teacher")
+            results |= self.evaluator.agreement(self.state.params, should_stop=self.should_stop)
+        write_json(self.run_dir / "eval" / f"step_{step:06d}.json", {"step": step} | results)
+        self.last_eval = step
+        self.reporter.note(f"step {step} evaluated: {summary_line(results)}")
+
+    def accuracy(self, who: str, model: Any, params: Any) -> Results:
+        assert self.evaluator is not None
+        return self.evaluator.accuracy(
+            model,
+            params,
+            on_step=lambda what, n, of: self.reporter.stage(f"evaluating {who}, {what}: {n} of {of}"),
+            should_stop=self.should_stop,
+        )
+
+
+def summary_line(results: Results) -> str:
+    """The headline numbers of an evaluation."""
+    parts = [f"{k.split('/')[0]} {v:.1%}" for k, v in results.items() if k.endswith("/accuracy")]
+    if "teacher_reverse_kl" in results:
+        parts.append(f"KL to the teacher {results['teacher_reverse_kl']:.3f}")
+        parts.append(f"same top token {results['teacher_top_agreement']:.1%}")
+    return ", ".join(parts)
+
+
+def _crossed(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return after // every > before // every
+
+
+@dataclasses.dataclass
+class Clock:
+    """Wall-clock seconds of an iteration's stages, as the host waits for them."""
+
+    laps: dict[str, float] = dataclasses.field(default_factory=dict)
+    _last: float = dataclasses.field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def summary(self, num_tokens: int) -> Metrics:
+        """The laps, and completion tokens per second over all of them."""
+        return self.laps | {"tokens_per_second": num_tokens / max(sum(self.laps.values()), 1e-9)}

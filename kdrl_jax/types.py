@@ -1,0 +1,105 @@
+"""The data that travels between the stages of an iteration.
+
+Letters in names are dimensions: P prompts, G completions per prompt, B = P * G rows, T positions,
+D embedding. One rule of alignment everywhere: `x_BT[b, t]` is about `tokens_BT[b, t]`, and a
+log-probability at t is log p(token_t | tokens_<t). Row b belongs to prompt b // G.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+Params = dict[str, Any]
+"""A model's parameters: nested dicts of arrays, as `models.decoder.Decoder` names them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Questions of one iteration, on the host."""
+
+    tokens_PT: np.ndarray
+    """int32 [P, max_prompt_tokens], right-padded."""
+    lengths_P: np.ndarray
+    """int32 [P], at least 1."""
+    draws_P: np.ndarray
+    """int32 [P]: how many prompts were drawn before this one in the whole run. With the seed and the
+    sample number it identifies a completion, so a question drawn twice gets different ones."""
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    """Gold answers as the data has them; verifiers extract what they need."""
+    completions: tuple[str | None, ...]
+    """Completions to imitate, where the data has them (SFT)."""
+    sources: tuple[str, ...]
+    """The source each prompt came from, for logs."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Completions of one iteration: prompt and completion side by side in each row, right-padded."""
+
+    tokens_BT: jax.Array
+    """int32: prompt, completion (its end token included, if it ended), then padding."""
+    prompt_lengths_B: jax.Array
+    completion_lengths_B: jax.Array
+    """int32: tokens sampled, the end token included."""
+    ended_B: jax.Array
+    """bool: an end token was sampled (False: truncated)."""
+    sampler_logprobs_BT: jax.Array
+    """float32: the engine's log-probability of each completion token; 0 elsewhere."""
+
+    @property
+    def completion_mask_BT(self) -> jax.Array:
+        """bool: completion tokens, the end token included (ending is an action and is trained)."""
+        import jax.numpy as jnp
+
+        position = jnp.arange(self.tokens_BT.shape[1])[None, :]
+        start = self.prompt_lengths_B[:, None]
+        return (position >= start) & (position < start + self.completion_lengths_B[:, None])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """What the compiled update needs of one minibatch."""
+
+    tokens_BT: jax.Array
+    """int32, right-padded."""
+    completion_mask_BT: jax.Array
+    """bool: completion tokens, the end token included."""
+    rl_mask_BT: jax.Array
+    """bool: tokens of the policy term (and of SFT)."""
+    kd_mask_BT: jax.Array
+    """bool: tokens of the distillation term."""
+    advantages_B: jax.Array
+    """float32: group-relative advantage of the task reward alone; KD never enters it."""
+    sampler_logprobs_BT: jax.Array
+    old_logprobs_BT: jax.Array | None
+    """float32: the trainer's log-probabilities before the iteration's first update; None when there
+    is only one update, which is its own old policy."""
+    teacher_logprobs_BT: jax.Array | None
+    """float32, or None without a teacher."""
+    teacher_hidden_BTD: jax.Array | None
+    """The teacher's final hidden states, for the exact divergence; None unless it is needed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes. Keys are derived from the seed, never stored."""
+
+    step: jax.Array
+    """int32 scalar: optimizer updates so far, skipped ones included."""
+    params: Params
+    """The student's float32 master weights."""
+    opt_state: Any
+    skipped: jax.Array
+    """int32 scalar: updates skipped in a row because they were not finite."""
+    skipped_total: jax.Array
+    """int32 scalar: updates skipped in the whole run."""
+
+
+Metrics = dict[str, Any]
+"""Name -> scalar; the names are listed in the README."""

@@ -1,0 +1,209 @@
+"""The decoder against transformers, and the tables that fill it.
+
+Logits are compared relative to the largest |logit| of the reference: max |ours - theirs| must stay
+below 1e-4 of it, in float32, at every real position.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_golden import CHECKPOINTS, GOLDEN, hf_logits, hf_model, random_rows, save_random
+from safetensors.numpy import save_file
+
+from kdrl_jax.config import ArchitectureConfig, ModelConfig
+from kdrl_jax.models import tensors
+from kdrl_jax.models.decoder import DecoderConfig, make_model
+from kdrl_jax.models.hf import SafetensorsFolder
+from kdrl_jax.models.load import ModelSource, open_model
+from kdrl_jax.types import Params
+
+TOLERANCE = 1e-4
+
+
+def opened(path: Path, **settings: Any) -> ModelSource:
+    return open_model(ModelConfig(path=str(path), **settings))
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray, real: np.ndarray | None = None) -> float:
+    """Largest difference at real positions, relative to the reference's largest |logit|."""
+    real = np.ones(theirs.shape[:2], bool) if real is None else real
+    return float(np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max())
+
+
+def logits_at_once(config: DecoderConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """[B, T, V] from one pass over right-padded rows."""
+    model = make_model(config)
+
+    @jax.jit
+    def run(params: Params, tokens: jax.Array) -> jax.Array:
+        decoder = model.bind(params)
+        return decoder.hidden(tokens) @ decoder.head_kernel()
+
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(params, tokens))
+
+
+def logits_in_steps(
+    config: DecoderConfig, params: Params, tokens: np.ndarray, prompt_lengths: np.ndarray
+) -> np.ndarray:
+    """[B, T, V] from a prefill of uneven prompts and then one token per row at a time.
+
+    Positions before a prompt's last, which prefill does not return, are NaN.
+    """
+    model = make_model(config)
+    rows, length = tokens.shape
+    width = int(prompt_lengths.max())
+
+    @jax.jit
+    def prefill(params: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
+        decoder = model.bind(params)
+        last, cache = decoder.prefill(tokens, lengths)
+        room = [(0, 0), (0, 0), (0, 0), (0, length - width), (0, 0)]
+        return last @ decoder.head_kernel(), tuple(jnp.pad(x, room) for x in cache)
+
+    @jax.jit
+    def decode(params: Params, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
+        decoder = model.bind(params)
+        hidden, cache = decoder.decode(tokens, positions, cache)
+        return hidden @ decoder.head_kernel(), cache
+
+    out = np.full((rows, length, config.vocab_size), np.nan, np.float32)
+    row = np.arange(rows)
+    with jax.default_matmul_precision("highest"):
+        logits, cache = prefill(params, tokens[:, :width], prompt_lengths)
+        out[row, prompt_lengths - 1] = logits
+        for step in range(length - int(prompt_lengths.min())):
+            positions = np.minimum(prompt_lengths + step, length - 1)
+            logits, cache = decode(params, tokens[row, positions], positions, cache)
+            out[row, positions] = logits
+    return out
+
+
+def check_against(source: ModelSource, tokens: np.ndarray, lengths: np.ndarray, theirs: np.ndarray) -> None:
+    params = source.load()
+    position = np.arange(tokens.shape[1])
+    real = position < lengths[:, None]
+    assert relative_error(logits_at_once(source.config, params, tokens), theirs, real) < TOLERANCE
+    prompts = np.array([4, 2, 3])
+    real &= position >= prompts[:, None] - 1
+    stepped = logits_in_steps(source.config, params, tokens, prompts)
+    assert relative_error(stepped, theirs, real) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_equal_golden(name: str) -> None:
+    golden = np.load(GOLDEN / name / "golden.npz")
+    check_against(opened(GOLDEN / name), golden["tokens"], golden["lengths"], golden["logits"])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    save_random(tmp_path, name, seed)
+    tokens, lengths = random_rows(seed)
+    check_against(opened(tmp_path), tokens, lengths, hf_logits(hf_model(tmp_path), tokens, lengths))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_transformers_reads_what_is_exported(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = opened(GOLDEN / name)
+    family, params = source.family, source.load()
+    (tmp_path / "config.json").write_text(json.dumps(family.config_to_hf(source.config)))
+    written = dict(tensors.export(family.tensors, source.config, params))
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    golden = np.load(GOLDEN / name / "golden.npz")
+    theirs = hf_logits(hf_model(tmp_path), golden["tokens"], golden["lengths"])
+    assert relative_error(theirs, golden["logits"]) < 1e-6
+
+
+def smollm2() -> Path:
+    root = Path(__file__).parents[1] / "models"
+    found = [Path(p) for p in [os.environ.get("KDRL_SMOLLM2_GGUF")] if p]
+    found += sorted(root.rglob("SmolLM2-135M-Instruct*.gguf"))
+    if not found:
+        pytest.skip("no SmolLM2-135M-Instruct GGUF (KDRL_SMOLLM2_GGUF, or below models/)")
+    pytest.importorskip("gguf")
+    return found[0]
+
+
+def test_logits_of_smollm2_equal_golden() -> None:
+    golden = np.load(GOLDEN / "smollm2.npz")
+    source = opened(smollm2())
+    params = source.load()
+    logits = logits_at_once(source.config, params, golden["tokens"])
+    assert relative_error(logits[..., golden["columns"]], golden["logits"]) < TOLERANCE
+    logsumexp = np.asarray(jax.nn.logsumexp(logits, axis=-1))
+    assert relative_error(logsumexp, golden["logsumexp"]) < TOLERANCE
+    # The text is plain English, so a third of its tokens at least is the model's first guess.
+    assert (logits.argmax(-1)[:, :-1] == golden["tokens"][:, 1:]).mean() > 1 / 3
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_import_fills_the_decoder_and_export_gives_the_file_back(name: str) -> None:
+    source = opened(GOLDEN / name)
+    params = source.load()
+    abstract = make_model(source.config).abstract()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract
+    )
+    exported = dict(tensors.export(source.family.tensors, source.config, params))
+    file = SafetensorsFolder(GOLDEN / name)
+    assert exported.keys() == file.shapes.keys()
+    for key, tensor in exported.items():
+        np.testing.assert_array_equal(tensor, file.read(key).astype(np.float32), err_msg=key)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_config_survives_the_round_trip(name: str) -> None:
+    source = opened(GOLDEN / name)
+    fields = json.loads(json.dumps(source.family.config_to_hf(source.config)))
+    assert source.family.config_from_hf(fields) == source.config
+    assert fields["architectures"] == [source.family.architecture]
+
+
+def test_leaves_arrive_one_by_one() -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def put(path: str, leaf: np.ndarray) -> jax.Array:
+        calls.append((path, leaf.dtype))
+        return jnp.asarray(leaf, jnp.bfloat16)
+
+    params = opened(GOLDEN / "llama").load(put)
+    assert len(calls) == len({path for path, _ in calls}) == len(jax.tree.leaves(params)) == 12
+    assert {dtype for _, dtype in calls} == {np.dtype(np.float32)}
+    assert params["layers"]["attn"]["q"].dtype == jnp.bfloat16
+
+
+def test_keep_layers_keeps_exactly_those() -> None:
+    whole, cut = opened(GOLDEN / "qwen2"), opened(GOLDEN / "qwen2", keep_layers=(0, 2))
+    assert (whole.config.num_layers, cut.config.num_layers) == (3, 2)
+    expected = whole.load()
+    expected["layers"] = jax.tree.map(lambda x: x[jnp.array([0, 2])], expected["layers"])
+    jax.tree.map(np.testing.assert_array_equal, cut.load(), expected)
+
+
+def test_architecture_gives_a_config_and_no_weights() -> None:
+    shape = ArchitectureConfig(
+        family="qwen2",
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=5000.0,
+    )
+    source = open_model(ModelConfig(architecture=shape), vocab_size=50)
+    assert source.config == DecoderConfig(50, 24, 40, 2, 4, 2, 6, 5000.0, 1e-6, True, True)
+    assert not source.has_weights
+    assert source.tokenizer_path is None
