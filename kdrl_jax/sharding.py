@@ -8,8 +8,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdrl_jax.config import MeshConfig
 
@@ -45,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices; set one size to -1")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=np.asarray(devices))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -53,7 +52,7 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec(dims: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(dims: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of a tensor: a dimension that its axis does not divide stays whole."""
     letters = dims.split()
     if len(letters) != len(shape):

@@ -2,7 +2,7 @@
 
 With d = log pi_S - log pi_T at the sampled token and expectations over the student's own samples
 (visited states held fixed), the expected gradient of each allowed pair is the one stated; see
-`tests/test_objective_enumeration.py` for the proof by enumeration.
+`tests/test_objective.py` for the proof by enumeration.
 """
 
 ALLOWED: dict[tuple[str, str], str] = {

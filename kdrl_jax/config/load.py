@@ -4,22 +4,17 @@ import copy
 import difflib
 import os
 import re
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from kdrl_jax.config.errors import ConfigError, describe, show
 from kdrl_jax.config.schema import Config
 
 RUN_CONFIG = "config.yaml"
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration: one line that names the key, the value and what to write."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,23 +23,34 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int)) and key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"{node.start_mark.name}:{line}: key '{key}' is given twice")
-            seen.add(str(key) if not isinstance(key, int) else key)
+            if not isinstance(key, Hashable):
+                continue  # SafeLoader says what is wrong with it
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"key {show(key)} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would otherwise read as a number (the name '1e5')."""
+
+
+_FLOAT = "tag:yaml.org,2002:float"
+for _yaml in (_Loader, _Dumper):
+    _yaml.yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] != _FLOAT]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _yaml.add_implicit_resolver(
+        _FLOAT,
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+        list("-+0123456789."),
+    )
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -57,11 +63,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: with one line for the user.
     """
-    path = Path(path)
-    tree = _read(path, seen=())
-    for override in overrides:
-        _apply_override(tree, override)
-    return _validate(tree, source=str(path))
+    return _load(Path(path), overrides, {})
 
 
 def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -71,64 +73,84 @@ def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = 
         raise ConfigError(
             f"{run_dir}: no {RUN_CONFIG} in this directory, so it is not a run; give a config file or a run"
         )
-    return load_config(path, [*overrides, f"log.dir={_quote(str(run_dir))}"])
+    return _load(path, overrides, {"log": {"dir": str(run_dir)}})
 
 
 def save_config(config: Config, run_dir: str | os.PathLike[str]) -> None:
     """Writes the fully resolved config (defaults included) into the run directory, atomically."""
     target = Path(run_dir) / RUN_CONFIG
     partial = target.with_suffix(".tmp")
-    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(target)
 
 
-def _nearest_file(path: Path) -> str:
-    """ " (did you mean ...?)" from the same folder, or from `configs/`, or nothing."""
-    folder = path.parent if path.parent.is_dir() else Path("configs")
-    names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {folder / near[0]}?" if near else ""
-
-
-def _quote(text: str) -> str:
-    return yaml.safe_dump(text, default_flow_style=True, width=float("inf")).split("\n")[0]
+def _load(path: Path, overrides: Sequence[str], fixed: dict[str, Any]) -> Config:
+    try:
+        tree = _read(path, seen=())
+        for override in overrides:
+            tree = _merge(tree, _parse_override(override))
+        return Config.model_validate(_merge(tree, fixed))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error, Config)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply to be a config") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    where = path.resolve()
-    if where in seen:
-        chain = " -> ".join(p.name for p in (*seen, where))
-        raise ConfigError(f"{path}: configs extend each other in a circle: {chain}")
     try:
+        where = path.resolve()
+        if where in seen:
+            chain = " -> ".join(p.name for p in (*seen, where))
+            raise ConfigError(f"{path}: configs extend each other in a circle: {chain}")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    try:
-        loader = _Loader(text)
-        loader.name = str(path)
-        tree = loader.get_single_data()
+        child = f" (extended by {seen[-1].name})" if seen else ""
+        raise ConfigError(f"{path}: no such config file{child}{_nearest_file(path)}") from None
     except ConfigError:
         raise
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply to be a config") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{place}: not valid YAML: {' '.join(problem.split())}") from None
+    # ValueError: not UTF-8, or a name that no file can have. RuntimeError: links in a circle.
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+    tree = _parse(text, str(path), is_file=True)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of sections, got {type(tree).__name__}")
+        raise ConfigError(f"{path}: a config is a mapping of sections, got {show(tree)}")
     _resolve_runs(tree, path.parent)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends={parent!r}: expected the name of one config file")
+        raise ConfigError(f"{path}: extends={show(parent)}: expected the name of one config file")
     return _merge(_read(path.parent / parent, (*seen, where)), tree)
+
+
+def _parse(text: str, source: str, is_file: bool = False) -> Any:
+    """The YAML value of a text.
+
+    Raises:
+        ConfigError: naming the source, and the line if it is a file.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise
+    # Beside YAMLError, all that explicit tags (`!!int x`) and impossible dates make PyYAML raise.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}" if mark and is_file else source
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{place}: not valid YAML: {' '.join(problem.split())}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    """`; did you mean ...?` from the same folder, or from `configs/`, or nothing."""
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    names = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {folder / near[0]}?" if near else ""
 
 
 def _resolve_runs(tree: dict[str, Any], folder: Path) -> None:
@@ -136,8 +158,8 @@ def _resolve_runs(tree: dict[str, Any], folder: Path) -> None:
     for section in ("student", "teacher"):
         model = tree.get(section)
         if isinstance(model, dict) and isinstance(model.get("run"), str):
-            beside = folder / model["run"]
-            if beside.exists():
+            beside = os.path.join(folder, model["run"])
+            if os.path.exists(beside):
                 model["run"] = os.path.normpath(beside)
 
 
@@ -160,109 +182,20 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def _changes_meaning(old: dict[str, Any], new: dict[str, Any]) -> bool:
     if "kind" in new and new["kind"] != old.get("kind"):
         return True
-    origins = ("path", "run", "architecture")
-    return any(k in new and new[k] is not None and k not in old for k in origins) and any(
-        k in old for k in origins
+    # A resolved config names all origins, two of them with null.
+    before, now = (
+        {k for k in ("path", "run", "architecture") if model.get(k) is not None} for model in (old, new)
     )
+    return bool(before and now - before)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=1` as `{a: {b: 1}}`."""
     key, equals, text = override.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: write section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {problem}") from None
-    new: Any = value
+        raise ConfigError(f"override {show(override)}: write section.key=value")
+    value = _parse(text, f"override {show(override)}")
     for part in reversed(keys):
-        new = {part: new}
-    tree.update(_merge(tree, new))
-
-
-def _validate(tree: dict[str, Any], source: str) -> Config:
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        # A misspelt key shows twice, as unknown and as missing: the unknown one says what to mend.
-        problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-        first = _describe(problems[0])
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {first}{more}") from None
-
-
-def _describe(problem: Any) -> str:
-    # Pydantic puts a union's tag into the location (data.train.0.jsonl.path); readers don't want it.
-    loc = problem["loc"]
-    keys = [k for i, k in enumerate(loc) if len(_members(_annotation_at(loc[:i]))) < 2]
-    name = ".".join(str(k) for k in keys)
-    kind, value = problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        owner = _section_at(problem["loc"][:-1])
-        valid = list(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(str(keys[-1]), valid, n=3, cutoff=0.5)
-        prefix = ".".join(str(k) for k in keys[:-1])
-        names = ", ".join(f"{prefix}.{n}" if prefix else n for n in (near or valid))
-        return f"unknown key '{name}' (value {value!r}); {'did you mean' if near else 'valid here:'} {names}"
-    if kind == "missing":
-        return f"'{name}' is required and missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "union_tag_invalid":
-        expected = str(problem["ctx"]["expected_tags"])
-        return f"{name}.kind={problem['ctx']['tag']!r}: there is no such kind; valid here: {expected}"
-    if kind == "union_tag_not_found":
-        return f"{name}={value!r}: expected a mapping with a 'kind'"
-    if kind == "value_error" and isinstance(value, (dict, BaseModel)):
-        return f"{name}: {message}" if name else message
-    return f"{name}={value!r}: {message}"
-
-
-def _members(annotation: Any) -> dict[str, Any]:
-    """Tag -> model class, for a union of tagged models (else empty)."""
-    while typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
-        return {}
-    members = {}
-    for arg in typing.get_args(annotation):
-        model = typing.get_args(arg)[0] if typing.get_origin(arg) is typing.Annotated else arg
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            kind = model.model_fields.get("kind")
-            tag = typing.get_args(kind.annotation)[0] if kind else model.__name__
-            members[tag] = model
-    return members
-
-
-def _annotation_at(loc: tuple[Any, ...]) -> Any:
-    """The annotation of the setting at a location, or None."""
-    current: Any = Config
-    for key in loc:
-        while typing.get_origin(current) is typing.Annotated:
-            current = typing.get_args(current)[0]
-        members = _members(current)
-        if len(members) == 1:  # Section | None
-            current = next(iter(members.values()))
-            members = {}
-        if members:
-            current = members.get(key)
-        elif isinstance(key, int):
-            args = typing.get_args(current)
-            current = args[0] if args else None
-        elif isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(key)
-            current = field.annotation if field else None
-        else:
-            return None
-    return current
-
-
-def _section_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    annotation = _annotation_at(loc) if loc else Config
-    members = _members(annotation)
-    if len(members) == 1:
-        annotation = next(iter(members.values()))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return None
+        value = {part: value}
+    return value

@@ -51,7 +51,7 @@ class Exponential(_Schedule):
     @model_validator(mode="after")
     def _check(self) -> "Exponential":
         if self.rate <= 0:
-            raise ValueError(f"an exponential schedule needs rate > 0, got {self.rate}")
+            raise ValueError(f"rate={self.rate}: an exponential schedule needs a rate above 0")
         return self
 
 
@@ -64,7 +64,7 @@ class Piecewise(_Schedule):
     def _check(self) -> "Piecewise":
         steps = list(self.values)
         if not steps or steps[0] != 0 or steps != sorted(set(steps)):
-            raise ValueError(f"piecewise steps must start at 0 and increase, got {steps}")
+            raise ValueError(f"values={self.values}: steps must start at 0 and increase")
         return self
 
 

@@ -1,8 +1,9 @@
 """Every setting of a run, section by section. A setting is here only if something reads it."""
 
-from typing import Annotated, Literal, Union
+import re
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from kdrl_jax.config.base import Count, Flag, Fraction, Int, NonNegative, Positive, Real, Section
 from kdrl_jax.config.estimators import check_pair
@@ -13,6 +14,15 @@ DType = Literal["float32", "bfloat16"]
 
 def _constant(value: float) -> Constant:
     return Constant(value=value)
+
+
+def _check_layer_item(item: Any) -> Any:
+    if isinstance(item, bool) or not re.fullmatch(r"[0-9]{1,4}(-[0-9]{1,4})?", str(item)):
+        raise ValueError("write an index (3) or a range (0-9), up to 9999")
+    return item
+
+
+LayerItem = Annotated[int | str, BeforeValidator(_check_layer_item)]
 
 
 class ArchitectureConfig(Section):
@@ -55,7 +65,7 @@ class ModelConfig(Section):
     """Random initial weights of this shape."""
     sha256: str | None = None
     """Expected checksum of the file at `path` (single files only)."""
-    keep_layers: tuple[Count | str, ...] | None = None
+    keep_layers: tuple[LayerItem, ...] | None = None
     """Layers to keep, in order, as indices or inclusive ranges: `[0-9, 20-29]`."""
     compute_dtype: DType = "float32"
     """Type of matrix products. The student's master weights are always float32."""
@@ -66,9 +76,10 @@ class ModelConfig(Section):
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, run and architecture; got {given or 'none'}")
         if self.sha256 is not None and self.path is None:
-            raise ValueError("sha256 checks a file, so it needs path")
+            raise ValueError(f"sha256={self.sha256} checks a file, so it needs path")
         if self.keep_layers is not None and self.path is None:
-            raise ValueError("keep_layers cuts a model that is read from path")
+            items = list(self.keep_layers)
+            raise ValueError(f"keep_layers={items} cuts a model that is read from path")
         self.layer_indices()
         return self
 
@@ -79,11 +90,10 @@ class ModelConfig(Section):
         kept: list[int] = []
         for item in self.keep_layers:
             first, _, last = str(item).partition("-")
-            if not first.isdigit() or (last and not last.isdigit()):
-                raise ValueError(f"keep_layers holds {item!r}; write an index (3) or a range (0-9)")
             kept.extend(range(int(first), int(last or first) + 1))
         if not kept or kept != sorted(set(kept)):
-            raise ValueError(f"keep_layers must name at least one layer, in increasing order: {kept}")
+            items = list(self.keep_layers)
+            raise ValueError(f"keep_layers={items}: name at least one layer, in increasing order")
         return tuple(kept)
 
 
@@ -98,7 +108,7 @@ class TokenizerConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "TokenizerConfig":
         if (self.kind == "file") != (self.path is not None):
-            raise ValueError(f"kind={self.kind!r} with path={self.path!r}: path goes with kind 'file' only")
+            raise ValueError(f"kind={self.kind} with path={self.path or 'null'}; path goes with kind=file")
         return self
 
 
@@ -180,7 +190,7 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     verifier: str = "numeric"
     """Decides correctness (score 1): `numeric`, `exact`, or your own `package.module:function`."""
-    shaping: dict[str, Real] = {}
+    shaping: dict[str, Real] = Field(default_factory=dict)
     """Further reward functions and their weights, added to the verifier's score, e.g. `{format: 0.1}`."""
     num_workers: Positive = 2
     time_limit_s: Annotated[float, Field(strict=True, gt=0)] = 2.0
@@ -219,7 +229,10 @@ class KDConfig(Section):
     def _check(self) -> "KDConfig":
         check_pair(self.estimator, self.placement)
         if self.max_abs_logratio is not None and self.estimator not in ("k1", "k2"):
-            raise ValueError(f"max_abs_logratio bounds k1 and k2 only; estimator is {self.estimator!r}")
+            raise ValueError(
+                f"max_abs_logratio={self.max_abs_logratio} bounds k1 and k2 only; "
+                f"kd.estimator is {self.estimator}"
+            )
         return self
 
 
@@ -271,7 +284,9 @@ class MeshConfig(Section):
             if size != -1 and size < 1:
                 raise ValueError(f"{axis}={size}; a size is at least 1, or -1 for what is left")
         if list(sizes.values()).count(-1) > 1:
-            raise ValueError(f"only one axis may be -1, got {sizes}")
+            raise ValueError(
+                f"only one axis may be -1, got {', '.join(f'{a}={s}' for a, s in sizes.items())}"
+            )
         return self
 
 
@@ -311,8 +326,10 @@ class LogConfig(Section):
 class Config(Section):
     """One run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: Count = 0
+    name: str
+    """The run's name, and the folder of `runs/` it lives in."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
+    """Below 2**32: JAX's keys have no room for more, and would repeat those of smaller seeds."""
     student: ModelConfig
     teacher: ModelConfig | None = None
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -336,6 +353,13 @@ class Config(Section):
     @property
     def uses_teacher(self) -> bool:
         return not is_zero(self.kd.coef)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("write letters, digits, '.', '_' and '-', beginning with a letter or digit")
+        return name
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

@@ -277,6 +277,6 @@ def make_model(config: DecoderConfig, compute_dtype: Any = jnp.float32) -> Model
     for path, variable in nnx.to_flat_state(state):
         node = dims
         for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = variable.get_metadata()["dims"]
+            node = node.setdefault(str(part), {})
+        node[str(path[-1])] = variable.get_metadata()["dims"]
     return Model(config, graphdef, dims)
