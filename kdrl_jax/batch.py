@@ -22,7 +22,7 @@ def make_batch_builder(config: Config) -> BatchBuilder:
         correct_B: jax.Array,
         old_logprobs_BT: jax.Array | None,
         teacher_logprobs_BT: jax.Array | None,
-        teacher_hidden_BTD: jax.Array | None,
+        teacher_states_BND: jax.Array | None,
     ) -> TrainBatch:
         """Advantages and masks of one iteration's rows.
 
@@ -44,6 +44,7 @@ def make_batch_builder(config: Config) -> BatchBuilder:
         std = config.rl.advantage == "grpo"
         return TrainBatch(
             tokens_BT=rollouts.tokens_BT,
+            prompt_lengths_B=rollouts.prompt_lengths_B,
             completion_mask_BT=completion,
             rl_mask_BT=completion,
             kd_mask_BT=mask,
@@ -51,7 +52,7 @@ def make_batch_builder(config: Config) -> BatchBuilder:
             sampler_logprobs_BT=rollouts.sampler_logprobs_BT,
             old_logprobs_BT=old_logprobs_BT,
             teacher_logprobs_BT=teacher_logprobs_BT,
-            teacher_hidden_BTD=teacher_hidden_BTD,
+            teacher_states_BND=teacher_states_BND,
         )
 
     return jax.jit(build_batch)

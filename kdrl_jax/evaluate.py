@@ -15,7 +15,7 @@ from kdrl_jax.models.decoder import Model
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.rollout.sampling import SamplerSettings
-from kdrl_jax.scoring import HeadSettings, score_hidden
+from kdrl_jax.scoring import HeadSettings, predictors, score_predictors
 from kdrl_jax.setup import Setup
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Params, Prompts, Rollouts
@@ -187,13 +187,10 @@ def make_agreement(
         params: Params, teacher_params: Params, rollouts: Rollouts, num_rows: jax.Array
     ) -> tuple[jax.Array, ...]:
         ours, theirs = student.bind(params), teacher.bind(teacher_params)
-        scores = score_hidden(
-            ours.hidden(rollouts.tokens_BT),
-            ours.head_kernel(),
-            rollouts.tokens_BT,
-            head,
-            theirs.hidden(rollouts.tokens_BT),
-            theirs.head_kernel(),
+        tokens, starts = rollouts.tokens_BT, rollouts.prompt_lengths_B
+        states = [predictors(m.hidden(tokens), starts, head) for m in (ours, theirs)]
+        scores = score_predictors(
+            states[0], ours.head_kernel(), tokens, starts, head, states[1], theirs.head_kernel()
         )
         assert scores.reverse_kl_BT is not None and scores.same_top_BT is not None
         real = jnp.arange(rollouts.tokens_BT.shape[0]) < num_rows

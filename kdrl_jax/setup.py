@@ -66,7 +66,12 @@ class Setup:
     @property
     def head(self) -> HeadSettings:
         c = self.config
-        return HeadSettings(self.tokenizer.vocab_size, c.rollout.temperature, c.train.head_chunk)
+        return HeadSettings(
+            num_tokens=self.tokenizer.vocab_size,
+            temperature=c.rollout.temperature,
+            chunk=c.train.head_chunk,
+            max_new_tokens=c.rollout.max_new_tokens,
+        )
 
     @property
     def objective(self) -> Objective:

@@ -20,7 +20,7 @@ from kdrl_jax.objective.kl import bound_acts
 from kdrl_jax.objective.masks import token_weights
 from kdrl_jax.objective.policy import clipped_policy_loss
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.scoring import HeadSettings, score_hidden
+from kdrl_jax.scoring import HeadSettings, predictors, score_predictors
 from kdrl_jax.types import Metrics, Params, TrainBatch, TrainState
 
 TERMS = ("rl", "kd", "sft")
@@ -72,12 +72,14 @@ class Objective:
         """Each term's weighted sum over some rows, and the metrics' sums over the same rows."""
         c = self.config
         decoder = self.student.bind(params)
-        scores = score_hidden(
-            decoder.hidden(batch.tokens_BT, remat=c.train.remat),
+        hidden = decoder.hidden(batch.tokens_BT, remat=c.train.remat)
+        scores = score_predictors(
+            predictors(hidden, batch.prompt_lengths_B, self.head),
             decoder.head_kernel(),
             batch.tokens_BT,
+            batch.prompt_lengths_B,
             self.head,
-            batch.teacher_hidden_BTD,
+            batch.teacher_states_BND,
             teacher_kernel,
         )
         student = scores.logprobs_BT

@@ -137,8 +137,8 @@ class _Run:
         self.diagnose = jax.jit(make_diagnostics(objective))
         self.build_batch = make_batch_builder(c)
         self.score_student = jax.jit(
-            lambda params, tokens: score_in_passes(
-                setup.student, params, tokens, setup.head, rows_per_pass=per_pass
+            lambda params, tokens, starts: score_in_passes(
+                setup.student, params, tokens, starts, setup.head, rows_per_pass=per_pass
             )[0]
         )
         self.exact_kl = c.uses_teacher and c.kd.estimator == "full"
@@ -146,8 +146,14 @@ class _Run:
         if setup.teacher is not None:
             model = setup.teacher.model
             self.score_teacher = jax.jit(
-                lambda params, tokens: score_in_passes(
-                    model, params, tokens, setup.head, rows_per_pass=per_pass, keep_hidden=self.exact_kl
+                lambda params, tokens, starts: score_in_passes(
+                    model,
+                    params,
+                    tokens,
+                    starts,
+                    setup.head,
+                    rows_per_pass=per_pass,
+                    keep_states=self.exact_kl,
                 )
             )
             if self.exact_kl:
@@ -219,10 +225,12 @@ class _Run:
         rollouts = self.rollouts(prompts, clock)
         jax.block_until_ready(rollouts)
         clock.lap("time/rollout")
-        teacher_logprobs, teacher_hidden = self.teacher_scores(rollouts)
+        teacher_logprobs, teacher_states = self.teacher_scores(rollouts)
         old_logprobs = None
         if self.config.train.num_minibatches > 1:
-            old_logprobs = self.score_student(self.state.params, rollouts.tokens_BT)
+            old_logprobs = self.score_student(
+                self.state.params, rollouts.tokens_BT, rollouts.prompt_lengths_B
+            )
         ids = completion_ids(rollouts)
         texts = [self.setup.tokenizer.decode(row) for row in ids]
         scored = self.rewards(prompts, texts)
@@ -237,7 +245,7 @@ class _Run:
             jax.device_put(correct, put),
             old_logprobs,
             teacher_logprobs,
-            teacher_hidden,
+            teacher_states,
         )
         shared = self.describe(rollouts, ids, scored, rewards, correct)
         minibatches = split(batch, self.config.train.num_minibatches)
@@ -277,7 +285,7 @@ class _Run:
         if teacher is None or not self.config.uses_teacher:
             return None, None
         with jax.set_mesh(self.setup.mesh):
-            return self.score_teacher(teacher.params, rollouts.tokens_BT)
+            return self.score_teacher(teacher.params, rollouts.tokens_BT, rollouts.prompt_lengths_B)
 
     def rewards(self, prompts: Prompts, texts: list[str]) -> list[Scored] | None:
         """Verdicts of the worker processes; None for completions of a dataset."""

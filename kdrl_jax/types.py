@@ -67,6 +67,7 @@ class TrainBatch:
 
     tokens_BT: jax.Array
     """int32, right-padded."""
+    prompt_lengths_B: jax.Array
     completion_mask_BT: jax.Array
     """bool: completion tokens, the end token included."""
     rl_mask_BT: jax.Array
@@ -81,8 +82,9 @@ class TrainBatch:
     is only one update, which is its own old policy."""
     teacher_logprobs_BT: jax.Array | None
     """float32, or None without a teacher."""
-    teacher_hidden_BTD: jax.Array | None
-    """The teacher's final hidden states, for the exact divergence; None unless it is needed."""
+    teacher_states_BND: jax.Array | None
+    """The teacher's final hidden states that predict the completion tokens (N per row), for the exact
+    divergence; None unless it is needed."""
 
 
 @jax.tree_util.register_dataclass

@@ -56,26 +56,29 @@ def rollouts(pad=0):
     at = np.arange(T)[None]
     tokens[at >= (prompt + length)[:, None]] = pad
     mask = (at >= prompt[:, None]) & (at < (prompt + length)[:, None])
-    lp, _ = score_tokens(STUDENT, PARAMS, jnp.asarray(tokens), HEAD)
+    lp, _ = score_tokens(STUDENT, PARAMS, jnp.asarray(tokens), jnp.asarray(prompt), HEAD)
     ended = np.asarray(rng.integers(0, 2, b), bool)
     return Rollouts(
         *(jnp.asarray(x) for x in (tokens, prompt, length, ended)), jnp.where(jnp.asarray(mask), lp, 0.0)
     )
 
 
-HEAD = HeadSettings(num_tokens=V, temperature=1.0, chunk=64)
+HEAD = HeadSettings(num_tokens=V, temperature=1.0, chunk=64, max_new_tokens=T - 6)
 
 
 @functools.cache
 def teacher_scores(seed, pad):
-    return score_tokens(TEACHER, teacher_params(seed), rollouts(pad).tokens_BT, HEAD, keep_hidden=True)
+    r = rollouts(pad)
+    return score_tokens(
+        TEACHER, teacher_params(seed), r.tokens_BT, r.prompt_lengths_B, HEAD, keep_states=True
+    )
 
 
 def make_batch(c, pad=0, seed=1, old=None):
     r = rollouts(pad)
-    lp, hidden = teacher_scores(seed, pad)
+    lp, states = teacher_scores(seed, pad)
     full = c.kd.estimator == "full"
-    return make_batch_builder(c)(r, REWARDS, REWARDS >= 1, old, lp, hidden if full else None)
+    return make_batch_builder(c)(r, REWARDS, REWARDS >= 1, old, lp, states if full else None)
 
 
 def kernel(c, seed=1):
@@ -186,9 +189,9 @@ def test_padding_and_prompts_do_not_leak():
 def test_a_teacher_equal_to_the_student_gives_nothing(estimator, placement):
     c = config(rl={"coef": 0.0}, kd={"estimator": estimator, "placement": placement})
     r = rollouts()
-    lp, hidden = score_tokens(STUDENT, PARAMS, r.tokens_BT, HEAD, keep_hidden=True)
+    lp, states = score_tokens(STUDENT, PARAMS, r.tokens_BT, r.prompt_lengths_B, HEAD, keep_states=True)
     full = estimator == "full"
-    batch = make_batch_builder(c)(r, REWARDS, REWARDS >= 1, None, lp, hidden if full else None)
+    batch = make_batch_builder(c)(r, REWARDS, REWARDS >= 1, None, lp, states if full else None)
     update = jax.jit(make_update(Objective(c, STUDENT, HEAD), optax.identity()))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, PARAMS, optax.EmptyState(), zero, zero)
@@ -214,7 +217,9 @@ def test_padded_columns_of_the_vocabulary_change_nothing():
         return grad(params)
 
     a, b = grads(0.0), grads(50.0)
-    close({"head": b["head"][:, :V], "layers": b["layers"]}, {"head": a["head"][:, :V], "layers": a["layers"]})
+    close(
+        {"head": b["head"][:, :V], "layers": b["layers"]}, {"head": a["head"][:, :V], "layers": a["layers"]}
+    )
     assert (b["head"][:, V:] == 0).all()
     close({"h": a["head"][:, :V]}, {"h": gradient(config(kd={"estimator": "full"}))[0]["head"]})
 
@@ -230,7 +235,7 @@ def test_old_logprobs_make_the_ratio():
     """With recorded old log-probabilities lower by log 1.1, every ratio is 1.1."""
     c = config(kd={"coef": 0.0})
     r = rollouts()
-    lp, _ = score_tokens(STUDENT, PARAMS, r.tokens_BT, HEAD)
+    lp, _ = score_tokens(STUDENT, PARAMS, r.tokens_BT, r.prompt_lengths_B, HEAD)
     fresh, _ = gradient(c, make_batch(c, old=lp))
     on_policy, _ = gradient(c, make_batch(c))
     stale, _ = gradient(c, make_batch(c, old=lp - np.log(1.1)))
