@@ -8,15 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from kdrl_jax.config import Config
 from kdrl_jax.data.prompts import load_eval_prompts
+from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.metrics import repeated_ngram_frac
-from kdrl_jax.models.decoder import Model
+from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.scoring import HeadSettings, predictors, score_predictors
-from kdrl_jax.setup import Setup
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Params, Prompts, Rollouts
 
@@ -50,22 +52,39 @@ def completion_ids(rollouts: Rollouts) -> list[np.ndarray]:
 class Evaluator:
     """Evaluates models on a config's held-out prompts; engines are made once per model and kept."""
 
-    def __init__(self, setup: Setup, pool: RewardPool):
-        c = setup.config
-        self._setup = setup
-        self._pool = pool
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        head: HeadSettings,
+        student: Model,
+        teacher: FrozenModel | None,
+        make_engine: Callable[[Model, int, int, SamplerSettings], Engine],
+        pool: RewardPool,
+    ):
+        """Reads the held-out prompts.
+
+        Args:
+            make_engine: (model, prompts per call, samples per prompt, sampler) -> engine.
+        """
+        self._config, self._tokenizer = config, tokenizer
+        self._teacher, self._make_engine, self._pool = teacher, make_engine, pool
         self._engines: dict[tuple[int, bool], Engine] = {}
         self._reference: list[tuple[Rollouts, int]] | None = None
-        self._agreement: Callable[..., tuple[jax.Array, ...]]
+        if teacher is not None:
+            same_temperature = dataclasses.replace(head, temperature=1.0)
+            self._agreement = make_agreement(same_temperature, student, teacher.model)
         self.prompts, self.dropped = load_eval_prompts(
-            c.data,
-            setup.tokenizer,
-            chat_template=c.tokenizer.chat_template,
-            num_prompts=c.eval.num_prompts,
+            config.data,
+            tokenizer,
+            chat_template=config.tokenizer.chat_template,
+            num_prompts=config.eval.num_prompts,
         )
         # As many rows at a time as training has, so that evaluation never needs more memory.
-        self._rows = c.train.prompts_per_iteration * c.rollout.group_size
-        self._shards = batch_shards(setup.mesh)
+        self._rows = config.train.prompts_per_iteration * config.rollout.group_size
+        self._shards = batch_shards(mesh)
 
     def accuracy(
         self,
@@ -80,7 +99,7 @@ class Evaluator:
         Raises:
             Stopped: when asked to stop between two chunks of decoding.
         """
-        e = self._setup.config.eval
+        e = self._config.eval
         out: Results = {"num_prompts": len(self.prompts.questions)}
         if e.greedy:
             out |= self._measure(model, params, "greedy", 1, on_step, should_stop)
@@ -91,7 +110,7 @@ class Evaluator:
     def agreement(self, params: Params, *, should_stop: Callable[[], bool] | None = None) -> Results:
         """How near the student is to the teacher on the teacher's greedy answers to held-out prompts:
         exact reverse KL (nats per token, temperature 1) and share of equal most likely tokens."""
-        teacher = self._setup.teacher
+        teacher = self._teacher
         assert teacher is not None
         if self._reference is None:
             engine = self._engine(teacher.model, greedy=True, num_samples=1)
@@ -99,8 +118,6 @@ class Evaluator:
                 (r, len(p.questions))
                 for r, p in self._generate(engine, teacher.params, None, "teacher", should_stop)
             ]
-            head = dataclasses.replace(self._setup.head, temperature=1.0)
-            self._agreement = make_agreement(head, self._setup.student, teacher.model)
         kl = top = count = 0.0
         for rollouts, num_rows in self._reference:
             sums = self._agreement(params, teacher.params, rollouts, num_rows)
@@ -117,7 +134,6 @@ class Evaluator:
         should_stop: Callable[[], bool] | None,
     ) -> Results:
         engine = self._engine(model, greedy=name == "greedy", num_samples=num_samples)
-        tokenizer = self._setup.tokenizer
         correct: list[bool] = []
         errors = 0
         ids: list[np.ndarray] = []
@@ -127,10 +143,10 @@ class Evaluator:
             repeat = functools.partial(np.repeat, repeats=num_samples)
             scored = self._pool.score(
                 list(repeat(np.array(prompts.questions, object))),
-                [tokenizer.decode(c) for c in real],
+                [self._tokenizer.decode(c.tolist()) for c in real],
                 list(repeat(np.array(prompts.answers, object))),
             )
-            correct += [is_correct(s, self._setup.config.reward.verifier) for s in scored]
+            correct += [is_correct(s, self._config.reward.verifier) for s in scored]
             errors += sum(s.error is not None for s in scored)
             ids += real
             ended += [bool(x) for x in np.asarray(rollouts.ended_B)[: len(real)]]
@@ -145,14 +161,14 @@ class Evaluator:
     def _engine(self, model: Model, greedy: bool, num_samples: int) -> Engine:
         key = (id(model), greedy)
         if key not in self._engines:
-            c = self._setup.config
+            c = self._config
             total = len(self.prompts.questions)
             fits = min(max(self._rows // num_samples, 1), total)
             num = -(-fits // self._shards) * self._shards
             sampler = SamplerSettings(
                 temperature=c.eval.temperature, greedy=greedy, top_k=c.eval.top_k, top_p=c.eval.top_p
             )
-            self._engines[key] = self._setup.engine(model, num, num_samples, sampler)
+            self._engines[key] = self._make_engine(model, num, num_samples, sampler)
         return self._engines[key]
 
     def _generate(
@@ -165,7 +181,7 @@ class Evaluator:
     ) -> Iterator[tuple[Rollouts, Prompts]]:
         """Yields (rollouts, the prompts they answer); the last batch is filled up with row 0."""
         total, size = len(self.prompts.questions), engine.settings.num_prompts
-        key = jax.random.fold_in(jax.random.key(self._setup.config.seed), 2**31 - 1)
+        key = jax.random.fold_in(jax.random.key(self._config.seed), 2**31 - 1)
         for start in range(0, total, size):
             rows = np.arange(start, min(start + size, total))
             filled = np.concatenate([rows, np.zeros(size - len(rows), rows.dtype)])
@@ -192,7 +208,8 @@ def make_agreement(
         scores = score_predictors(
             states[0], ours.head_kernel(), tokens, starts, head, states[1], theirs.head_kernel()
         )
-        assert scores.reverse_kl_BT is not None and scores.same_top_BT is not None
+        assert scores.reverse_kl_BT is not None
+        assert scores.same_top_BT is not None
         real = jnp.arange(rollouts.tokens_BT.shape[0]) < num_rows
         mask = rollouts.completion_mask_BT & real[:, None]
         kl = jnp.sum(jnp.where(mask, scores.reverse_kl_BT, 0.0))

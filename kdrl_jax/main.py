@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from kdrl_jax.config import Config, ConfigError, load_config, load_run_config
+from kdrl_jax.types import TrainingError
 
 COMMANDS = ("train", "eval", "report")
 USAGE_ERROR = 2
@@ -41,9 +43,16 @@ class StopRequest:
         return self.signal is not None
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line and an exception, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
 def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
     """Command, config path and overrides."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m kdrl_jax.main",
         description="Post-train a language model by KDRL: distillation and reinforcement learning in one.",
     )
@@ -67,31 +76,30 @@ def load(path: str, overrides: Sequence[str]) -> Config:
     return load_run_config(path, overrides) if Path(path).is_dir() else load_config(path, overrides)
 
 
-def run_train(config: Config, stop: StopRequest) -> int:
+def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
     from kdrl_jax.report import report
     from kdrl_jax.train import is_complete, train
 
     console = Console()
-    already = is_complete(config)
-    if not train(config, console, stop):
-        return 128 + (stop.signal or 0)
-    if already:
+    if is_complete(config):
         console.print(f"{config.run_dir} is complete; raise train.num_steps to go on", highlight=False)
+    if not train(config, console, stop, resume=is_run):
+        return 128 + (stop.signal or 0)
     report(Path(config.run_dir), console)
     return 0
 
 
-def run_eval(config: Config, stop: StopRequest) -> int:
+def run_eval(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
-    from kdrl_jax.evaluate import evaluate_run
+    from kdrl_jax.eval import evaluate
 
-    return 0 if evaluate_run(config, Console(), stop) else 128 + (stop.signal or 0)
+    return 0 if evaluate(config, Console(), stop, is_run=is_run) else 128 + (stop.signal or 0)
 
 
-def run_report(config: Config, stop: StopRequest) -> int:
+def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
     from kdrl_jax.report import report
@@ -102,7 +110,7 @@ def run_report(config: Config, stop: StopRequest) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    commands: dict[str, Callable[[Config, StopRequest], int]] = {
+    commands: dict[str, Callable[[Config, StopRequest, bool], int]] = {
         "train": run_train,
         "eval": run_eval,
         "report": run_report,
@@ -112,16 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, path, overrides = parse(sys.argv[1:] if argv is None else argv)
         config = load(path, overrides)
         stop.install()
-        return commands[command](config, stop)
-    except (ValueError, OSError, ImportError) as error:
-        # Mistakes in what was given are these; anything else is ours, and keeps its traceback.
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingError":
+        return commands[command](config, stop, Path(path).is_dir())
+    except (ValueError, OSError, ImportError, TrainingError) as error:
+        if os.environ.get("KDRL_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        # Most are mistakes in what was given. One line says so; the variable shows the rest.
+        print(f"error: {' '.join(str(error).split())} (KDRL_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else USAGE_ERROR
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
 from kdrl_jax.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
-from kdrl_jax.models.decoder import DecoderConfig, Model, make_model
-from kdrl_jax.models.load import open_model
+from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, Model, make_model
+from kdrl_jax.models.load import ModelSource, open_model
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
 from kdrl_jax.rollout.engine import Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.scoring import HeadSettings
-from kdrl_jax.step import Objective
 from kdrl_jax.types import Params, TrainState
 
 Role = Literal["student", "teacher"]
@@ -32,22 +31,8 @@ class Found:
     """A model that is there, before anything of it is on a device."""
 
     config: DecoderConfig
-    tokenizer: Tokenizer | None
-    """The one that belongs to its weights; None for random weights."""
-    load: Callable[[Model, Params], Params] | None
-    """(model, abstract parameters with types and shardings) -> parameters; None for random weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    model: Model
-    params: Params
-    """Frozen, in the teacher's compute type; never in a checkpoint."""
-
-    @property
-    def kernel(self) -> jax.Array:
-        """The vocabulary head [D, V]."""
-        return self.model.bind(self.params).head_kernel()
+    load: Callable[[Params], Params] | None
+    """Abstract parameters with types and shardings -> parameters; None for random weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +43,7 @@ class Setup:
     mesh: Mesh
     tokenizer: Tokenizer
     student: Model
-    teacher: Teacher | None
+    teacher: FrozenModel | None
     optimizer: optax.GradientTransformation
     init_student: Callable[[], Params]
     """The student as the config starts it (float32 master weights)."""
@@ -72,10 +57,6 @@ class Setup:
             chunk=c.train.head_chunk,
             max_new_tokens=c.rollout.max_new_tokens,
         )
-
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.config, self.student, self.head)
 
     def engine(self, model: Model, num_prompts: int, group_size: int, sampler: SamplerSettings) -> Engine:
         """A sampling engine with this run's lengths and tokenizer."""
@@ -112,20 +93,22 @@ def make_setup(config: Config) -> Setup:
     """
     mesh = sharding.make_mesh(config.mesh)
     _check_rows(config, mesh)
-    tokenizer_of = {role: _own_tokenizer(config, role) for role in _roles(config)}
-    tokenizer = _choose_tokenizer(config, tokenizer_of)
-    found = {role: _find(config, role, tokenizer) for role in _roles(config)}
+    finder = _Finder()
+    tokenizer_of = {role: finder.own_tokenizer(config, role) for role in _roles(config)}
+    tokenizer = _choose_tokenizer(config, finder, tokenizer_of)
+    found = {role: finder.find(config, role, tokenizer.vocab_size) for role in _roles(config)}
     for role, own in tokenizer_of.items():
         if own is not None and own is not tokenizer:
-            student, teacher = (tokenizer, own) if role == "teacher" else (own, tokenizer)
-            check_same_vocabulary(student, teacher, same_end=config.kd.end_token)
-    for role, model in found.items():
-        _check_fits(config, role, model.config, tokenizer)
+            pair = (tokenizer, own) if role == "teacher" else (own, tokenizer)
+            check_same_vocabulary(*pair, same_end=config.kd.end_token)
+    for role, files in found.items():
+        _check_fits(config, role, files.config, tokenizer)
     student = make_model(found["student"].config, _dtype(config.student))
     teacher = None
     if config.teacher is not None:
         model = make_model(found["teacher"].config, _dtype(config.teacher))
-        teacher = Teacher(model, _load(found["teacher"], model, mesh, _dtype(config.teacher), config.seed))
+        params = _load(found["teacher"], model, mesh, _dtype(config.teacher), config.seed)
+        teacher = FrozenModel(model, params)
     return Setup(
         config=config,
         mesh=mesh,
@@ -156,22 +139,73 @@ def _model_config(config: Config, role: Role) -> ModelConfig:
     return model
 
 
-def _own_tokenizer(config: Config, role: Role) -> Tokenizer | None:
-    """The tokenizer beside a model's weights, or of the run that trained it."""
-    model, run = _model_config(config, role), run_of(config, role)
-    if run is not None:
-        trained = load_run_config(run)
-        if trained.tokenizer.kind != "model":
-            return load_tokenizer(trained.tokenizer, None)
-        return _own_tokenizer(trained, "student")
-    if model.path is None:
-        return None
-    return load_tokenizer(TokenizerConfig(), open_model(model).tokenizer_path)
+class _Finder:
+    """Opens each file once, however many models and tokenizers come from it."""
+
+    def __init__(self) -> None:
+        self._sources: dict[ModelConfig, ModelSource] = {}
+        self._tokenizers: dict[tuple[TokenizerConfig, str | None], Tokenizer] = {}
+
+    def tokenizer(self, config: TokenizerConfig, path: str | None = None) -> Tokenizer:
+        key = (config, path)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(config, path)
+        return self._tokenizers[key]
+
+    def own_tokenizer(self, config: Config, role: Role) -> Tokenizer | None:
+        """The tokenizer beside a model's weights, or of the run that trained it."""
+        model, run = _model_config(config, role), run_of(config, role)
+        if run is not None:
+            trained = load_run_config(run)
+            if trained.tokenizer.kind != "model":
+                return self.tokenizer(trained.tokenizer)
+            return self.own_tokenizer(trained, "student")
+        if model.path is None:
+            return None
+        return self.tokenizer(TokenizerConfig(), self._open(model).tokenizer_path)
+
+    def find(self, config: Config, role: Role, num_tokens: int) -> Found:
+        """Where a model's config and parameters come from.
+
+        Args:
+            num_tokens: vocabulary of a model with random weights.
+        """
+        model, run = _model_config(config, role), run_of(config, role)
+        if run is not None:
+            inner = self.find(load_run_config(run), "student", num_tokens)
+            return Found(inner.config, lambda abstract: _restore(run, abstract))
+        source = self._open(model) if model.path is not None else open_model(model, num_tokens)
+        if not source.has_weights:
+            return Found(source.config, None)
+
+        def load(abstract: Params) -> Params:
+            def put(path: str, array: np.ndarray) -> jax.Array:
+                leaf: Any = abstract
+                for part in path.split("."):
+                    leaf = leaf[part]
+                return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
+
+            return source.load(put)
+
+        return Found(source.config, load)
+
+    def _open(self, model: ModelConfig) -> ModelSource:
+        if model not in self._sources:
+            self._sources[model] = open_model(model)
+        return self._sources[model]
 
 
-def _choose_tokenizer(config: Config, own: dict[Role, Tokenizer | None]) -> Tokenizer:
+def _restore(run: Path, abstract: Params) -> Params:
+    checkpoints = Checkpoints(run)
+    try:
+        return checkpoints.restore_params(abstract)
+    finally:
+        checkpoints.close()
+
+
+def _choose_tokenizer(config: Config, finder: _Finder, own: dict[Role, Tokenizer | None]) -> Tokenizer:
     if config.tokenizer.kind != "model":
-        return load_tokenizer(config.tokenizer, None)
+        return finder.tokenizer(config.tokenizer)
     tokenizer = own["student"] or own.get("teacher")
     if tokenizer is None:
         raise ValueError(
@@ -181,43 +215,13 @@ def _choose_tokenizer(config: Config, own: dict[Role, Tokenizer | None]) -> Toke
     return tokenizer
 
 
-def _find(config: Config, role: Role, tokenizer: Tokenizer) -> Found:
-    model, run = _model_config(config, role), run_of(config, role)
-    if run is not None:
-        trained = load_run_config(run)
-        inner = _find(trained, "student", tokenizer)
-
-        def restore(_: Model, abstract: Params) -> Params:
-            checkpoints = Checkpoints(run)
-            try:
-                return checkpoints.restore_params(abstract)
-            finally:
-                checkpoints.close()
-
-        return Found(inner.config, None, restore)
-    source = open_model(model, tokenizer.vocab_size)
-    if not source.has_weights:
-        return Found(source.config, None, None)
-
-    def load(_: Model, abstract: Params) -> Params:
-        def put(path: str, array: np.ndarray) -> jax.Array:
-            leaf: Any = abstract
-            for part in path.split("."):
-                leaf = leaf[part]
-            return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
-
-        return source.load(put)
-
-    return Found(source.config, None, load)
-
-
 def _load(found: Found, model: Model, mesh: Mesh, dtype: Any, seed: int) -> Params:
     """Parameters in `dtype`, sharded by the rules: from their file or run, or random."""
     shapes = model.abstract()
     shardings = jax.tree.map(lambda x, dims: sharding.sharding(dims, x.shape, mesh), shapes, model.dims)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
     if found.load is not None:
-        return found.load(model, abstract)
+        return found.load(abstract)
 
     def init(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), model.init(key))

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from kdrl_jax.batch import make_batch_builder, split
 from kdrl_jax.checkpoint import Checkpoints, abstract_like
-from kdrl_jax.config import Config, load_config, save_config
+from kdrl_jax.config import Config, differences, load_config, load_run_config, save_config
 from kdrl_jax.data.prompts import PromptStream, encode_completion, open_prompts
 from kdrl_jax.evaluate import Evaluator, Results, completion_ids
 from kdrl_jax.metrics import MetricsWriter, read_json, repeated_ngram_frac, write_json, write_jsonl
@@ -35,20 +35,18 @@ from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.scoring import score_in_passes
 from kdrl_jax.setup import Setup, make_setup, run_of
 from kdrl_jax.sharding import rows as row_sharding
-from kdrl_jax.step import make_diagnostics, make_update
-from kdrl_jax.types import Metrics, Prompts, Rollouts, TrainState
+from kdrl_jax.step import Objective, make_diagnostics, make_update
+from kdrl_jax.types import Metrics, Prompts, Rollouts, TrainingError, TrainState
 
 ShouldStop = Callable[[], bool]
 
 
-class TrainingError(RuntimeError):
-    """The run cannot go on; one line says why and what to do. What was saved stays usable."""
-
-
-def train(config: Config, console: Console, should_stop: ShouldStop) -> bool:
+def train(config: Config, console: Console, should_stop: ShouldStop, *, resume: bool = False) -> bool:
     """Trains a run, or resumes it from its newest checkpoint; first the runs its models come from.
 
     Args:
+        resume: the config is the run directory's own, with changes its user asked for. Otherwise a
+            directory that was started with other settings is refused.
         should_stop: asked often; when it says so, the state is saved and the function returns.
 
     Returns:
@@ -58,6 +56,8 @@ def train(config: Config, console: Console, should_stop: ShouldStop) -> bool:
         ValueError, FileNotFoundError: a mistake in config or data, before anything is written.
         TrainingError: updates that are not finite, N in a row.
     """
+    if not resume:
+        _check_same_run(config)
     for role in ("student", "teacher"):
         if not _train_prerequisite(config, role, console, should_stop):
             return False
@@ -88,7 +88,22 @@ def _train_prerequisite(config: Config, role: Any, console: Console, should_stop
     saved = Path(directory or "") / "config.yaml"
     source = saved if saved.exists() else model.run
     inner = load_config(source, [f"seed={config.seed}", f"log.dir={directory}"])
-    return train(inner, console, should_stop)
+    return train(inner, console, should_stop, resume=saved.exists())
+
+
+def _check_same_run(config: Config) -> None:
+    """A run directory goes on with the settings it was started with, unless it is named itself."""
+    if not (Path(config.run_dir) / "config.yaml").exists():
+        return
+    before = load_run_config(config.run_dir).model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    before["log"]["dir"] = now["log"]["dir"]
+    changed = [f"{key} was {a}, is {b}" for key, a, b in differences(before, now)]
+    if changed:
+        raise ValueError(
+            f"{config.run_dir} was started with other settings ({'; '.join(changed[:5])}); choose another "
+            f"log.dir, delete it, or go on with it by --config {config.run_dir} section.key=value"
+        )
 
 
 class _Run:
@@ -101,7 +116,18 @@ class _Run:
         self.from_dataset = c.rollout.source == "dataset"
         self.data = self._open_data()
         self.pool = RewardPool(names, c.reward.num_workers, c.reward.time_limit_s)
-        self.evaluator = Evaluator(setup, self.pool) if c.data.eval else None
+        self.evaluator = None
+        if c.data.eval:
+            self.evaluator = Evaluator(
+                c,
+                tokenizer=setup.tokenizer,
+                mesh=setup.mesh,
+                head=setup.head,
+                student=setup.student,
+                teacher=setup.teacher,
+                make_engine=setup.engine,
+                pool=self.pool,
+            )
         self.engine = setup.engine(
             setup.student,
             c.train.prompts_per_iteration,
@@ -130,7 +156,7 @@ class _Run:
 
     def _compile(self) -> None:
         setup, c = self.setup, self.config
-        objective = setup.objective
+        objective = Objective(c, setup.student, setup.head)
         total_rows = c.train.prompts_per_iteration * c.rollout.group_size
         per_pass = c.train.microbatch_rows or total_rows
         self.update = jax.jit(make_update(objective, setup.optimizer), donate_argnums=0)
@@ -232,7 +258,7 @@ class _Run:
                 self.state.params, rollouts.tokens_BT, rollouts.prompt_lengths_B
             )
         ids = completion_ids(rollouts)
-        texts = [self.setup.tokenizer.decode(row) for row in ids]
+        texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
         scored = self.rewards(prompts, texts)
         clock.lap("time/reward")
         jax.block_until_ready(teacher_logprobs)

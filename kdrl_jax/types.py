@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Params = dict[str, Any]
@@ -51,9 +52,8 @@ class Rollouts:
     """float32: the engine's log-probability of each completion token; 0 elsewhere."""
 
     @property
-    def completion_mask_BT(self) -> jax.Array:
+    def completion_mask_BT(self) -> jax.Array:  # noqa: N802 - dimensions in names
         """bool: completion tokens, the end token included (ending is an action and is trained)."""
-        import jax.numpy as jnp
 
         position = jnp.arange(self.tokens_BT.shape[1])[None, :]
         start = self.prompt_lengths_B[:, None]
@@ -101,6 +101,10 @@ class TrainState:
     """int32 scalar: updates skipped in a row because they were not finite."""
     skipped_total: jax.Array
     """int32 scalar: updates skipped in the whole run."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; one line says why and what to do. What was saved stays usable."""
 
 
 Metrics = dict[str, Any]

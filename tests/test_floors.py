@@ -35,6 +35,7 @@ FLOORS = {
     "evaluate": 4,
     "setup": 4,
     "step": 4,
+    "eval": 5,
     "report": 5,
     "train": 5,
     "main": 6,

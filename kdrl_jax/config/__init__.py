@@ -1,7 +1,7 @@
 """Every setting of a run: the typed schema, and how YAML and overrides become it."""
 
 from kdrl_jax.config.errors import ConfigError
-from kdrl_jax.config.load import load_config, load_run_config, save_config
+from kdrl_jax.config.load import differences, load_config, load_run_config, save_config
 from kdrl_jax.config.schedules import Schedule
 from kdrl_jax.config.schema import (
     ArchitectureConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "TaskSourceConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "differences",
     "load_config",
     "load_run_config",
     "save_config",

@@ -85,6 +85,18 @@ def save_config(config: Config, run_dir: str | os.PathLike[str]) -> None:
     partial.replace(target)
 
 
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Settings that differ between two dumped configs, as (dotted key, before, now)."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys([*before, *now]):
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((prefix + key, a, b))
+    return found
+
+
 def _load(path: Path, overrides: Sequence[str], fixed: dict[str, Any]) -> Config:
     try:
         tree = _read(path, seen=())

@@ -280,3 +280,17 @@ def make_model(config: DecoderConfig, compute_dtype: Any = jnp.float32) -> Model
             node = node.setdefault(str(part), {})
         node[str(path[-1])] = variable.get_metadata()["dims"]
     return Model(config, graphdef, dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A model with parameters that are never trained and never saved."""
+
+    model: Model
+    params: Params
+    """In the model's compute type."""
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The vocabulary head [D, V]."""
+        return self.model.bind(self.params).head_kernel()
