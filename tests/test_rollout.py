@@ -81,9 +81,7 @@ def test_a_completion_does_not_depend_on_its_batch(rows):
     few = engine(rows.stop - rows.start).generate(PARAMS, prompts(rows), KEY)
     picked = slice(2 * rows.start, 2 * rows.stop)
     np.testing.assert_array_equal(few.tokens_BT, whole().tokens_BT[picked])
-    np.testing.assert_allclose(
-        few.sampler_logprobs_BT, whole().sampler_logprobs_BT[picked], atol=1e-4
-    )
+    np.testing.assert_allclose(few.sampler_logprobs_BT, whole().sampler_logprobs_BT[picked], atol=1e-4)
 
 
 def test_eight_devices_sample_the_same():
@@ -204,9 +202,7 @@ def test_too_many_candidates_are_refused():
 
 def test_completions_of_a_dataset_are_laid_out_like_sampled_ones():
     given = [[5, 6, 1], list(range(3, 30))]
-    r = from_completions(
-        prompts(slice(0, 2)), given, max_new_tokens=20, end_ids=ENDS, pad_id=0, mesh=MESH
-    )
+    r = from_completions(prompts(slice(0, 2)), given, max_new_tokens=20, end_ids=ENDS, pad_id=0, mesh=MESH)
     assert r.completion_lengths_B.tolist() == [3, 20]
     assert r.ended_B.tolist() == [True, False]  # too long: cut, and counted as truncated
     assert r.tokens_BT[0, 1:5].tolist() == [5, 6, 1, 0]
