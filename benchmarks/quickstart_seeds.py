@@ -14,6 +14,8 @@ from pathlib import Path
 
 
 def run(seed: int, out: Path) -> None:
+    if out.exists():
+        sys.exit(f"{out} holds an unfinished run, whose time is not known; delete it")
     start = time.monotonic()
     options = ["--config", "configs/quickstart.yaml", f"seed={seed}", f"log.dir={out}"]
     subprocess.run([sys.executable, "-m", "kdrl_jax.main", *options], check=True)

@@ -7,18 +7,27 @@ the step.
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from kdrl_jax.types import Params, TrainState
 
 
 class Checkpoints:
-    """The `checkpoints/` of a run. Saving is asynchronous; `close` waits for it."""
+    """The `checkpoints/` of a run. A save is whole on disk when it returns."""
 
-    def __init__(self, run_dir: str | Path, keep: int | None = None):
+    def __init__(self, run_dir: str | Path, *, keep: int | None = None, write: bool = False):
+        """Opens the folder.
+
+        Args:
+            keep: newest checkpoints kept; None keeps all.
+            write: make the folder if it is not there.
+        """
         self.directory = Path(run_dir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        if not write and not self.directory.is_dir():
+            raise ValueError(f"{self.directory} does not exist; train the run first")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=write, enable_async_checkpointing=False
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
@@ -27,7 +36,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
-        """Starts a save. Arrays are copied before this returns, so they may be donated afterwards.
+        """Saves, unless this step is there already. Arrays may be donated afterwards.
 
         Args:
             step: optimizer steps done.
@@ -63,12 +72,7 @@ class Checkpoints:
             raise ValueError(f"{self.directory} holds no complete checkpoint; train the run first")
         return self.latest_step
 
-    def wait(self) -> None:
-        """Waits until everything saved is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        self._manager.wait_until_finished()
         self._manager.close()
 
 
@@ -79,8 +83,3 @@ def _rest(state: TrainState) -> dict[str, Any]:
         "skipped": state.skipped,
         "skipped_total": state.skipped_total,
     }
-
-
-def abstract_like(tree: Any) -> Any:
-    """Shapes, types and shardings of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

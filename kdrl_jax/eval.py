@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kdrl_jax.checkpoint import Checkpoints, abstract_like
+from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config
 from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.metrics import write_json
@@ -47,6 +47,9 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
             make_engine=setup.engine,
             pool=pool,
         )
+        for source, count in evaluator.dropped.items():
+            if count:
+                console.print(f"{source}: {count} held-out prompts too long, left out", highlight=False)
         try:
             results = evaluator.accuracy(
                 setup.student,
@@ -58,6 +61,7 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
                 status.update("comparing with the teacher")
                 results |= evaluator.agreement(params, should_stop=should_stop)
         except Stopped:
+            console.print("stopped; nothing was written")
             return False
     console.print(_table(results, step))
     if is_run:
@@ -70,8 +74,7 @@ def _params(setup: Setup, run_dir: str | None) -> tuple[Params, int | None]:
         return setup.init_student(), None
     checkpoints = Checkpoints(run_dir)
     try:
-        abstract = abstract_like(setup.init_student())
-        return checkpoints.restore_params(abstract), checkpoints.latest_step
+        return checkpoints.restore_params(setup.abstract_state().params), checkpoints.latest_step
     finally:
         checkpoints.close()
 

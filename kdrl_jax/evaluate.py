@@ -16,8 +16,8 @@ from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.metrics import repeated_ngram_frac
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.rewards.pool import RewardPool, is_correct
-from kdrl_jax.rollout.engine import Engine
-from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.rollout.engine import Engine, Stopped
+from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.scoring import HeadSettings, predictors, score_predictors
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Params, Prompts, Rollouts
@@ -82,7 +82,7 @@ class Evaluator:
             chat_template=config.tokenizer.chat_template,
             num_prompts=config.eval.num_prompts,
         )
-        # As many rows at a time as training has, so that evaluation never needs more memory.
+        # As many rows at a time as training samples.
         self._rows = config.train.prompts_per_iteration * config.rollout.group_size
         self._shards = batch_shards(mesh)
 
@@ -181,8 +181,10 @@ class Evaluator:
     ) -> Iterator[tuple[Rollouts, Prompts]]:
         """Yields (rollouts, the prompts they answer); the last batch is filled up with row 0."""
         total, size = len(self.prompts.questions), engine.settings.num_prompts
-        key = jax.random.fold_in(jax.random.key(self._config.seed), 2**31 - 1)
+        key = jax.random.fold_in(seed_key(self._config.seed), 2**31 - 1)
         for start in range(0, total, size):
+            if should_stop is not None and should_stop():
+                raise Stopped
             rows = np.arange(start, min(start + size, total))
             filled = np.concatenate([rows, np.zeros(size - len(rows), rows.dtype)])
             yield (

@@ -37,7 +37,7 @@ class StopRequest:
         self.signal = number
         name = signal.Signals(number).name
         # os.write, because a signal may arrive in the middle of a print.
-        os.write(2, f"\n{name}: saving after what is running now; once more ends without saving\n".encode())
+        os.write(2, f"\n{name}: saving after what is running now; once more ends at once\n".encode())
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -80,7 +80,8 @@ def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
     from kdrl_jax.report import report
-    from kdrl_jax.train import is_complete, train
+    from kdrl_jax.runs import is_complete
+    from kdrl_jax.train import train
 
     console = Console()
     if is_complete(config):
@@ -120,7 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, path, overrides = parse(sys.argv[1:] if argv is None else argv)
         config = load(path, overrides)
         stop.install()
-        return commands[command](config, stop, Path(path).is_dir())
+        try:
+            return commands[command](config, stop, Path(path).is_dir())
+        except RuntimeError as error:
+            if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+                raise TrainingError(
+                    f"out of device memory ({str(error).splitlines()[0]}); lower train.microbatch_rows, "
+                    "rollout.group_size or rollout.max_new_tokens, or set train.remat=true"
+                ) from error
+            raise
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if os.environ.get("KDRL_TRACEBACK"):
             raise

@@ -1,8 +1,10 @@
-"""`metrics.jsonl`: one JSON object per optimizer step, appended, and cut back on resume."""
+"""What is measured: numbers of an iteration, its clock, and the files they are written to."""
 
+import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,10 +81,31 @@ def repeated_ngram_frac(completions: Sequence[np.ndarray], n: int = 4) -> float:
     """Share of n-grams that occurred before in the same completion, over all completions (0 to 1)."""
     repeated = total = 0
     for ids in completions:
-        grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-        total += len(grams)
-        repeated += len(grams) - len(set(grams))
+        if len(ids) >= n:
+            grams = np.lib.stride_tricks.sliding_window_view(ids, n)
+            total += len(grams)
+            repeated += len(grams) - len(np.unique(grams, axis=0))
     return repeated / total if total else 0.0
+
+
+def completion_metrics(completions: Sequence[np.ndarray], ended: np.ndarray) -> Metrics:
+    """Lengths, truncation and repetition of an iteration's completions (token ids each)."""
+    return {
+        "completion/length_mean": float(np.mean([len(ids) for ids in completions])),
+        "completion/truncated_frac": 1.0 - float(np.mean(ended)),
+        "completion/repeated_4gram_frac": repeated_ngram_frac(completions),
+    }
+
+
+def reward_metrics(rewards_B: np.ndarray, correct_B: np.ndarray, num_errors: int, group_size: int) -> Metrics:
+    """Rewards of an iteration; groups with unequal rewards are the only ones with an RL gradient."""
+    spread = np.ptp(rewards_B.reshape(-1, group_size), axis=1)
+    return {
+        "reward/mean": float(rewards_B.mean()),
+        "reward/solved_frac": float(correct_B.mean()),
+        "reward/mixed_groups_frac": float((spread > 1e-6).mean()),
+        "reward/errors": num_errors,
+    }
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -93,3 +116,22 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclasses.dataclass
+class Clock:
+    """Wall-clock seconds of an iteration's stages, as the host waits for them. Diagnostics are no part of
+    the throughput."""
+
+    laps: dict[str, float] = dataclasses.field(default_factory=dict)
+    _last: float = dataclasses.field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def summary(self, num_tokens: int) -> Metrics:
+        """The laps, and completion tokens per second over all of them."""
+        seconds = sum(v for k, v in self.laps.items() if k != "time/diagnostics")
+        return self.laps | {"tokens_per_second": num_tokens / max(seconds, 1e-9)}

@@ -17,7 +17,9 @@ def make_schedule(config: Schedule) -> optax.Schedule:
     if config.warmup_steps == 0:
         return schedule
     # From 0 at step 0 to the schedule's first value at step `warmup_steps`.
-    rise = optax.linear_schedule(0.0, float(schedule(0)), config.warmup_steps)
+    with jax.ensure_compile_time_eval():  # schedules are also made inside the compiled update
+        first = float(schedule(0))
+    rise = optax.linear_schedule(0.0, first, config.warmup_steps)
     return optax.join_schedules([rise, schedule], [config.warmup_steps])
 
 

@@ -59,6 +59,8 @@ def _table(evaluations: dict[str, dict[str, Any]]) -> Table:
         "teacher_reverse_kl": ("KL on teacher's answers", "{:.3f}"),
         "teacher_top_agreement": ("same top token", "{:.1%}"),
     }
+    if not any("sampled/length_mean" in r for r in evaluations.values()):
+        columns = {k.replace("sampled/", "greedy/"): v for k, v in columns.items() if k != "sampled/accuracy"}
     used = {k: v for k, v in columns.items() if any(k in r for r in evaluations.values())}
     num = next(iter(evaluations.values()))["num_prompts"]
     table = Table(title=f"held-out questions ({num})")

@@ -102,6 +102,9 @@ def score_predictors(
             return out
         assert teacher_kernel_DV is not None
         teacher = logits(xs[2], jax.lax.stop_gradient(teacher_kernel_DV))
+        # One tokenizer, but each model pads its vocabulary its own way; the padding is masked out.
+        width = min(student.shape[-1], teacher.shape[-1])
+        student, teacher = student[..., :width], teacher[..., :width]
         return *out, full_reverse_kl(student, teacher), student.argmax(-1) == teacher.argmax(-1)
 
     _, outs = jax.lax.scan(lambda _, xs: (None, one(kernel_DV, xs)), None, inputs)

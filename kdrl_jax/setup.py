@@ -19,7 +19,7 @@ from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, Model, make_mode
 from kdrl_jax.models.load import ModelSource, open_model
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
 from kdrl_jax.rollout.engine import Engine, EngineSettings
-from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.types import Params, TrainState
 
@@ -77,12 +77,25 @@ class Setup:
     def init_state(self) -> TrainState:
         """Step 0: the student's first parameters and empty moments, each on its devices."""
         params = self.init_student()
-        shardings = jax.tree.map(lambda x: x.sharding, params)
-        everywhere = sharding.replicated(self.mesh)
-        moments = opt_state_shardings(self.optimizer, params, shardings, everywhere)
-        opt_state = jax.jit(self.optimizer.init, out_shardings=moments)(params)
-        zero = [jax.device_put(np.zeros((), np.int32), everywhere) for _ in range(3)]
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
+        zero = [jax.device_put(np.zeros((), np.int32), shardings.step) for _ in range(3)]
         return TrainState(zero[0], params, opt_state, zero[1], zero[2])
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state; nothing is loaded."""
+        params = abstract_params(self.student, self.mesh, jnp.float32)
+        everywhere = sharding.replicated(self.mesh)
+        shardings = opt_state_shardings(
+            self.optimizer, params, jax.tree.map(lambda x: x.sharding, params), everywhere
+        )
+        opt_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(self.optimizer.init, params),
+            shardings,
+        )
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        return TrainState(count, params, opt_state, count, count)  # type: ignore[arg-type]
 
 
 def make_setup(config: Config) -> Setup:
@@ -91,8 +104,7 @@ def make_setup(config: Config) -> Setup:
     Raises:
         ValueError, FileNotFoundError: one line naming what does not fit and what to do.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    mesh = check_mesh(config)
     finder = _Finder()
     tokenizer_of = {role: finder.own_tokenizer(config, role) for role in _roles(config)}
     tokenizer = _choose_tokenizer(config, finder, tokenizer_of)
@@ -140,7 +152,7 @@ def _model_config(config: Config, role: Role) -> ModelConfig:
 
 
 class _Finder:
-    """Opens each file once, however many models and tokenizers come from it."""
+    """Opens a model's file once for its tokenizer and its weights, and a tokenizer once for all."""
 
     def __init__(self) -> None:
         self._sources: dict[ModelConfig, ModelSource] = {}
@@ -217,23 +229,37 @@ def _choose_tokenizer(config: Config, finder: _Finder, own: dict[Role, Tokenizer
 
 def _load(found: Found, model: Model, mesh: Mesh, dtype: Any, seed: int) -> Params:
     """Parameters in `dtype`, sharded by the rules: from their file or run, or random."""
-    shapes = model.abstract()
-    shardings = jax.tree.map(lambda x, dims: sharding.sharding(dims, x.shape, mesh), shapes, model.dims)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings)
+    abstract = abstract_params(model, mesh, dtype)
     if found.load is not None:
         return found.load(abstract)
 
     def init(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(init, out_shardings=shardings)(seed_key(seed))
+
+
+def abstract_params(model: Model, mesh: Mesh, dtype: Any) -> Params:
+    """Shapes, types and shardings of a model's parameters."""
+
+    def leaf(x: jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding.sharding(dims, x.shape, mesh))
+
+    return jax.tree.map(leaf, model.abstract(), model.dims)
 
 
 def _dtype(model: ModelConfig) -> Any:
     return jnp.dtype(model.compute_dtype)
 
 
-def _check_rows(config: Config, mesh: Mesh) -> None:
+def check_mesh(config: Config) -> Mesh:
+    """The mesh, if the config's row counts divide over it.
+
+    Raises:
+        ValueError: naming the count that does not.
+    """
+    mesh = sharding.make_mesh(config.mesh)
     shards = sharding.batch_shards(mesh)
     rows = config.train.prompts_per_iteration * config.rollout.group_size // config.train.num_minibatches
     counts = {
@@ -247,6 +273,7 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
                 f"{name}={count} does not divide over {shards} devices (data x fsdp); make it a multiple, "
                 "or give devices to mesh.tensor"
             )
+    return mesh
 
 
 def _check_fits(config: Config, role: Role, decoder: DecoderConfig, tokenizer: Tokenizer) -> None:

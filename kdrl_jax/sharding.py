@@ -43,7 +43,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-        raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices; set one size to -1")
+        raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices; the product of the sizes must")
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -97,7 +97,8 @@ class Objective:
             )
             terms["rl"] = jnp.sum(weights.rl_BT * loss)
             extra["rl/clip_frac"] = jnp.sum(weights.rl_BT * clipped)
-        if batch.teacher_logprobs_BT is not None:
+        sampled = c.rollout.source == "student"
+        if batch.teacher_logprobs_BT is not None and sampled:
             d = student - batch.teacher_logprobs_BT
             extra["kd/reverse_kl"] = jnp.sum(weights.completion_BT * d)
         if "kd" in self.terms:
@@ -119,8 +120,9 @@ class Objective:
         if "sft" in self.terms:
             terms["sft"] = -jnp.sum(weights.rl_BT * student)
         extra["entropy"] = jnp.sum(weights.completion_BT * scores.entropy_BT)
-        gap = jnp.abs(old - batch.sampler_logprobs_BT)
-        extra["sampler/logprob_gap"] = jnp.sum(weights.completion_BT * gap)
+        if sampled:
+            gap = jnp.abs(old - batch.sampler_logprobs_BT)
+            extra["sampler/logprob_gap"] = jnp.sum(weights.completion_BT * gap)
         return terms, jax.lax.stop_gradient(extra)
 
     def loss(
@@ -191,7 +193,7 @@ def make_update(
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         new = TrainState(state.step + 1, params, opt_state, skipped, state.skipped_total + ~finite)
-        metrics = metrics | {f"{t}/coef": v for t, v in coefs.items()}
+        metrics = metrics | {f"{t}/coef": coefs.get(t, jnp.zeros(())) for t in TERMS}
         metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,

@@ -10,8 +10,6 @@ write     metrics and samples
 save      a checkpoint, if due; nothing is in flight here
 """
 
-import dataclasses
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,18 +20,26 @@ import numpy as np
 from rich.console import Console
 
 from kdrl_jax.batch import make_batch_builder, split
-from kdrl_jax.checkpoint import Checkpoints, abstract_like
-from kdrl_jax.config import Config, differences, load_config, load_run_config, save_config
+from kdrl_jax.checkpoint import Checkpoints
+from kdrl_jax.config import Config, save_config
 from kdrl_jax.data.prompts import PromptStream, encode_completion, open_prompts
 from kdrl_jax.evaluate import Evaluator, Results, completion_ids
-from kdrl_jax.metrics import MetricsWriter, read_json, repeated_ngram_frac, write_json, write_jsonl
+from kdrl_jax.metrics import (
+    Clock,
+    MetricsWriter,
+    completion_metrics,
+    reward_metrics,
+    write_json,
+    write_jsonl,
+)
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool, Scored, is_correct, total
 from kdrl_jax.rollout.engine import Stopped
 from kdrl_jax.rollout.recorded import from_completions
-from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.runs import check_same_run, is_complete, prerequisites
 from kdrl_jax.scoring import score_in_passes
-from kdrl_jax.setup import Setup, make_setup, run_of
+from kdrl_jax.setup import Setup, check_mesh, make_setup
 from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.step import Objective, make_diagnostics, make_update
 from kdrl_jax.types import Metrics, Prompts, Rollouts, TrainingError, TrainState
@@ -41,77 +47,58 @@ from kdrl_jax.types import Metrics, Prompts, Rollouts, TrainingError, TrainState
 ShouldStop = Callable[[], bool]
 
 
-def train(config: Config, console: Console, should_stop: ShouldStop, *, resume: bool = False) -> bool:
+def train(
+    config: Config,
+    console: Console,
+    should_stop: ShouldStop,
+    *,
+    resume: bool = False,
+    within: str | None = None,
+) -> bool:
     """Trains a run, or resumes it from its newest checkpoint; first the runs its models come from.
 
     Args:
+        should_stop: asked often; when it says so, the state is saved and the function returns.
         resume: the config is the run directory's own, with changes its user asked for. Otherwise a
             directory that was started with other settings is refused.
-        should_stop: asked often; when it says so, the state is saved and the function returns.
+        within: the run that this one is trained for, and that a user resumes.
 
     Returns:
         Whether the run is complete (False: stopped and saved).
 
     Raises:
-        ValueError, FileNotFoundError: a mistake in config or data, before anything is written.
+        ValueError, FileNotFoundError: a mistake in config or data, before this run writes anything.
         TrainingError: updates that are not finite, N in a row.
     """
     if not resume:
-        _check_same_run(config)
-    for role in ("student", "teacher"):
-        if not _train_prerequisite(config, role, console, should_stop):
+        check_same_run(config)
+    needed = prerequisites(config)
+    for inner in [*needed, config]:
+        check_mesh(inner)
+    if needed and not all(map(is_complete, needed)):
+        # What was asked for is written first, so that this directory can be resumed from now on.
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        save_config(config, config.run_dir)
+    for inner in needed:
+        if not train(inner, console, should_stop, within=within or config.run_dir):
             return False
-    run_dir = Path(config.run_dir)
     if is_complete(config):
         return True
     setup = make_setup(config)
-    with _Run(setup, run_dir, console, should_stop) as run:
+    with _Run(setup, Path(config.run_dir), console, should_stop, within or config.run_dir) as run:
         return run.loop()
-
-
-def is_complete(config: Config) -> bool:
-    """Whether the run has been trained to its last step and evaluated."""
-    done = Path(config.run_dir) / "done.json"
-    return done.exists() and read_json(done)["step"] >= config.train.num_steps
-
-
-def _train_prerequisite(config: Config, role: Any, console: Console, should_stop: ShouldStop) -> bool:
-    """Trains the run that a model of this one comes from, inside this run's directory, if need be.
-
-    It takes this run's seed and lives in `<run>/student` or `<run>/teacher`.
-    """
-    model = config.student if role == "student" else config.teacher
-    if model is None or model.run is None or Path(model.run).is_dir():
-        return True
-    directory = run_of(config, role)
-    # The directory's own config is the one it was started with; the file may have changed since.
-    saved = Path(directory or "") / "config.yaml"
-    source = saved if saved.exists() else model.run
-    inner = load_config(source, [f"seed={config.seed}", f"log.dir={directory}"])
-    return train(inner, console, should_stop, resume=saved.exists())
-
-
-def _check_same_run(config: Config) -> None:
-    """A run directory goes on with the settings it was started with, unless it is named itself."""
-    if not (Path(config.run_dir) / "config.yaml").exists():
-        return
-    before = load_run_config(config.run_dir).model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    before["log"]["dir"] = now["log"]["dir"]
-    changed = [f"{key} was {a}, is {b}" for key, a, b in differences(before, now)]
-    if changed:
-        raise ValueError(
-            f"{config.run_dir} was started with other settings ({'; '.join(changed[:5])}); choose another "
-            f"log.dir, delete it, or go on with it by --config {config.run_dir} section.key=value"
-        )
 
 
 class _Run:
     """One run's moving parts, and the loop over them."""
 
-    def __init__(self, setup: Setup, run_dir: Path, console: Console, should_stop: ShouldStop):
+    def __init__(
+        self, setup: Setup, run_dir: Path, console: Console, should_stop: ShouldStop, resume_dir: str
+    ):
         c = setup.config
         self.setup, self.config, self.run_dir, self.should_stop = setup, c, run_dir, should_stop
+        self.resume_dir = resume_dir
+        self.told_errors = False
         names = [c.reward.verifier, *c.reward.shaping]
         self.from_dataset = c.rollout.source == "dataset"
         self.data = self._open_data()
@@ -135,11 +122,11 @@ class _Run:
             SamplerSettings(temperature=c.rollout.temperature),
         )
         self._compile()
-        # Everything that can be wrong with the input has been looked at; only now is anything written.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(c, run_dir)
-        self.checkpoints = Checkpoints(run_dir, c.checkpoint.keep)
+        # Settings and data have been looked at; only now is anything written, and the config only
+        # once the checkpoint (if any) fits it.
+        self.checkpoints = Checkpoints(run_dir, keep=c.checkpoint.keep, write=True)
         self.state, self.last_eval = self._start()
+        save_config(c, run_dir)
         self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
         self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
 
@@ -158,8 +145,12 @@ class _Run:
         setup, c = self.setup, self.config
         objective = Objective(c, setup.student, setup.head)
         total_rows = c.train.prompts_per_iteration * c.rollout.group_size
-        per_pass = c.train.microbatch_rows or total_rows
-        self.update = jax.jit(make_update(objective, setup.optimizer), donate_argnums=0)
+        per_pass = c.train.microbatch_rows or total_rows // c.train.num_minibatches
+        # The state comes back where it was, so that the next step is the same program.
+        places = jax.tree.map(lambda x: x.sharding, setup.abstract_state())
+        self.update = jax.jit(
+            make_update(objective, setup.optimizer), donate_argnums=0, out_shardings=(places, None)
+        )
         self.diagnose = jax.jit(make_diagnostics(objective))
         self.build_batch = make_batch_builder(c)
         self.score_student = jax.jit(
@@ -187,10 +178,15 @@ class _Run:
 
     def _start(self) -> tuple[TrainState, int]:
         """The first state, or the newest saved one with its position in the data."""
-        state = self.setup.init_state()
         if self.checkpoints.latest_step is None:
-            return state, -1
-        state, host = self.checkpoints.restore(abstract_like(state))
+            return self.setup.init_state(), -1
+        try:
+            state, host = self.checkpoints.restore(self.setup.abstract_state())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.checkpoints.directory}: the checkpoint does not fit these settings of student and "
+                f"optimizer ({str(error).splitlines()[0][:200]}); undo what was changed"
+            ) from error
         self.data.set_state(host["data"])
         return state, host["last_eval"]
 
@@ -211,6 +207,9 @@ class _Run:
             self.reporter.note(f"resumed at step {int(self.state.step)} of {c.train.num_steps}")
         for line in self.data.describe():
             self.reporter.note(line)
+        for source, count in (self.evaluator.dropped if self.evaluator else {}).items():
+            if count:
+                self.reporter.note(f"{source}: {count} held-out prompts too long, left out")
         position = self.data.get_state()
         try:
             while (step := int(self.state.step)) < c.train.num_steps:
@@ -230,7 +229,7 @@ class _Run:
             self.save(position)
             self.reporter.note(
                 f"stopped and saved at step {int(self.state.step)}; resume with "
-                f"python -m kdrl_jax.main --config {self.run_dir}"
+                f"python -m kdrl_jax.main --config {self.resume_dir}"
             )
             return False
         self.save(position)
@@ -241,8 +240,6 @@ class _Run:
         host = {"data": position, "last_eval": self.last_eval}
         self.reporter.stage("saving")
         self.checkpoints.save(int(self.state.step), self.state, host)
-        # The next update is donated this state's buffers, so the save must have left them.
-        self.checkpoints.wait()
 
     def iteration(self) -> None:
         """One rollout cycle and its updates."""
@@ -273,17 +270,22 @@ class _Run:
             teacher_logprobs,
             teacher_states,
         )
-        shared = self.describe(rollouts, ids, scored, rewards, correct)
+        shared = completion_metrics(ids, np.asarray(rollouts.ended_B))
+        if scored is not None:
+            errors = sum(s.error is not None for s in scored)
+            shared |= reward_metrics(rewards, correct, errors, self.config.rollout.group_size)
         minibatches = split(batch, self.config.train.num_minibatches)
         for number, minibatch in enumerate(minibatches):
-            metrics = self.run_update(minibatch, diagnose=number == 0)
+            metrics = self.diagnostics(minibatch) if number == 0 else {}
+            clock.lap("time/diagnostics")
+            metrics |= self.run_update(minibatch)
             clock.lap("time/update")
             # Time and throughput belong to the iteration; they are written with its last step.
             last = number == len(minibatches) - 1
             self.write(metrics | shared | (clock.summary(sum(map(len, ids))) if last else {}))
         self.write_rollouts(prompts, texts, scored, rewards, rollouts)
 
-    def rollouts(self, prompts: Prompts, clock: "Clock") -> Rollouts:
+    def rollouts(self, prompts: Prompts, clock: Clock) -> Rollouts:
         c, t = self.config, self.setup.tokenizer
         if self.from_dataset:
             given = [encode_completion(t, text or "") for text in prompts.completions]
@@ -299,7 +301,7 @@ class _Run:
         return self.engine.generate(
             self.state.params,
             prompts,
-            jax.random.fold_in(jax.random.key(c.seed), int(self.state.step)),
+            jax.random.fold_in(seed_key(c.seed), int(self.state.step)),
             on_chunk=lambda tokens, running: self.reporter.stage(
                 f"sampling: {tokens} tokens, {running} rows running"
             ),
@@ -324,7 +326,15 @@ class _Run:
             texts,
             [a for a in prompts.answers for _ in range(g)],
         )
-        return future.result()
+        scored = future.result()
+        errors = [s.error for s in scored if s.error is not None]
+        if errors and not self.told_errors:
+            self.told_errors = True
+            self.reporter.note(
+                f"{len(errors)} of {len(scored)} answers got no verdict and score 0, the first: {errors[0]} "
+                "(later ones are counted in reward/errors)"
+            )
+        return scored
 
     def verdicts(self, scored: list[Scored] | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         r = self.config.reward
@@ -333,49 +343,31 @@ class _Run:
         rewards = np.array([total(s, r.verifier, r.shaping) for s in scored], np.float32)
         return rewards, np.array([is_correct(s, r.verifier) for s in scored])
 
-    def run_update(self, minibatch: Any, diagnose: bool) -> Metrics:
-        every, step = self.config.train.diagnostics_every, int(self.state.step)
-        metrics: Metrics = {"step": step}
+    def diagnostics(self, minibatch: Any) -> Metrics:
+        """RL and KD gradients apart, if due: in the first iteration and then every so many steps."""
+        c, step = self.config, int(self.state.step)
+        every = c.train.diagnostics_every
+        due = every and (step == 0 or _crossed(step - c.train.num_minibatches, step, every))
+        if not due or not (c.uses_teacher or not self.from_dataset):
+            return {}
+        self.reporter.stage("measuring gradients")
+        with jax.set_mesh(self.setup.mesh):
+            return jax.device_get(self.diagnose(self.state.params, minibatch, self.kernel))
+
+    def run_update(self, minibatch: Any) -> Metrics:
+        step = int(self.state.step)
         with jax.set_mesh(self.setup.mesh):
             self.reporter.stage("updating")
-            if diagnose and every and step % every == 0 and not self.from_dataset:
-                metrics |= self.diagnose(self.state.params, minibatch, self.kernel)
             self.state, measured = self.update(self.state, minibatch, self.kernel)
-        metrics |= jax.device_get(measured)
+        metrics: Metrics = {"step": step} | jax.device_get(measured)
         skipped = int(metrics.pop("skipped_in_a_row"))
         if skipped >= self.config.train.max_skipped_updates:
             raise TrainingError(
-                f"{skipped} updates in a row were not finite (step {step}, loss {metrics['loss']}); the last "
-                f"checkpoint in {self.checkpoints.directory} is good. Lower optimizer.learning_rate or "
-                "set kd.max_abs_logratio"
+                f"{skipped} updates in a row were not finite (step {step}, loss {metrics['loss']}); the "
+                f"newest checkpoint is of step {self.checkpoints.latest_step}. Lower "
+                "optimizer.learning_rate, or set kd.max_abs_logratio"
             )
         return metrics
-
-    def describe(
-        self,
-        rollouts: Rollouts,
-        ids: list[np.ndarray],
-        scored: list[Scored] | None,
-        rewards: np.ndarray,
-        correct: np.ndarray,
-    ) -> Metrics:
-        """What is true of the iteration's rollouts as a whole; the same in each of its steps."""
-        out: Metrics = {
-            "completion/length_mean": float(np.mean([len(row) for row in ids])),
-            "completion/truncated_frac": 1.0 - float(np.mean(np.asarray(rollouts.ended_B))),
-            "completion/repeated_4gram_frac": repeated_ngram_frac(ids),
-        }
-        if scored is None:
-            return out
-        per_group = rewards.reshape(-1, self.config.rollout.group_size)
-        spread = np.ptp(per_group, axis=1) > 1e-6
-        return out | {
-            "reward/mean": float(rewards.mean()),
-            "reward/solved_frac": float(correct.mean()),
-            # Groups with unequal rewards: the only ones with an RL gradient.
-            "reward/mixed_groups_frac": float(spread.mean()),
-            "reward/errors": sum(s.error is not None for s in scored),
-        }
 
     def write(self, metrics: Metrics) -> None:
         self.writer.write(metrics)
@@ -457,20 +449,3 @@ def summary_line(results: Results) -> str:
 def _crossed(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return after // every > before // every
-
-
-@dataclasses.dataclass
-class Clock:
-    """Wall-clock seconds of an iteration's stages, as the host waits for them."""
-
-    laps: dict[str, float] = dataclasses.field(default_factory=dict)
-    _last: float = dataclasses.field(default_factory=time.monotonic)
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def summary(self, num_tokens: int) -> Metrics:
-        """The laps, and completion tokens per second over all of them."""
-        return self.laps | {"tokens_per_second": num_tokens / max(sum(self.laps.values()), 1e-9)}

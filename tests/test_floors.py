@@ -36,6 +36,7 @@ FLOORS = {
     "setup": 4,
     "step": 4,
     "eval": 5,
+    "runs": 3,
     "report": 5,
     "train": 5,
     "main": 6,

@@ -67,10 +67,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_values_worked_by_hand(case):
     setting, expected = CASES[case]
-    schedule = make_schedule(TypeAdapter(Schedule).validate_python(setting))
+    config = TypeAdapter(Schedule).validate_python(setting)
+    schedule = make_schedule(config)
     plain = [schedule(step) for step in expected]
     np.testing.assert_allclose(plain, list(expected.values()), rtol=1e-6, atol=1e-7)
-    # As the update calls it: on the step counter, inside a compiled function.
-    compiled = jax.jit(schedule)
+    # As the update uses it: made, and called on the step counter, inside a compiled function.
+    compiled = jax.jit(lambda step: make_schedule(config)(step))
     traced = [compiled(jnp.int32(step)) for step in expected]
     np.testing.assert_allclose(traced, list(expected.values()), rtol=1e-6, atol=1e-7)

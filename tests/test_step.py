@@ -13,7 +13,7 @@ from kdrl_jax import sharding
 from kdrl_jax.batch import make_batch_builder, split
 from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.models.decoder import DecoderConfig, make_model
-from kdrl_jax.scoring import HeadSettings, score_tokens
+from kdrl_jax.scoring import HeadSettings, score_in_passes, score_tokens
 from kdrl_jax.step import Objective, make_diagnostics, make_update
 from kdrl_jax.types import Rollouts, TrainState
 
@@ -222,6 +222,37 @@ def test_padded_columns_of_the_vocabulary_change_nothing():
     )
     assert (b["head"][:, V:] == 0).all()
     close({"h": a["head"][:, :V]}, {"h": gradient(config(kd={"estimator": "full"}))[0]["head"]})
+
+
+def test_student_and_teacher_may_pad_their_vocabularies_differently():
+    """4 and 9 more columns than the tokenizer: the same exact divergence as without."""
+    c = config(rl={"coef": 0.0}, kd={"estimator": "full"})
+    batch = make_batch(c)
+    wide = make_model(dataclasses.replace(STUDENT.config, vocab_size=V + 4))
+    params = {**PARAMS, "head": jnp.pad(PARAMS["head"], ((0, 0), (0, 4)), constant_values=3.0)}
+    params["embed"] = jnp.pad(PARAMS["embed"], ((0, 4), (0, 0)))
+    teacher = jnp.pad(kernel(c), ((0, 0), (0, 9)), constant_values=-5.0)
+    found = [
+        Objective(c, model, HEAD).sums(p, batch, Objective(c, model, HEAD).weigh(batch), k)[0]["kd"]
+        for model, p, k in ((STUDENT, PARAMS, kernel(c)), (wide, params, teacher))
+    ]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+def test_scoring_in_passes_is_scoring_at_once():
+    r = rollouts()
+    for rows in (2, 16):
+        lp, states = score_in_passes(
+            TEACHER,
+            teacher_params(),
+            r.tokens_BT,
+            r.prompt_lengths_B,
+            HEAD,
+            rows_per_pass=rows,
+            keep_states=True,
+        )
+        np.testing.assert_allclose(lp, teacher_scores(1, 0)[0], atol=1e-5)
+        np.testing.assert_allclose(states, teacher_scores(1, 0)[1], atol=1e-5)
 
 
 def test_minibatches_keep_every_row_once():

@@ -14,12 +14,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from kdrl_jax.checkpoint import Checkpoints, abstract_like
+from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import load_config, load_run_config
 from kdrl_jax.main import main
 from kdrl_jax.report import report
+from kdrl_jax.runs import is_complete
 from kdrl_jax.setup import make_setup
-from kdrl_jax.train import is_complete, train
+from kdrl_jax.train import train
 
 ROOT = Path(__file__).parents[1]
 SHAPE = {
@@ -66,7 +67,7 @@ def run(folder, name, should_stop=lambda: False, overrides=(), **sections):
 def parameters(run_dir):
     config = load_run_config(run_dir)
     checkpoints = Checkpoints(run_dir)
-    state, host = checkpoints.restore(abstract_like(make_setup(config).init_state()))
+    state, host = checkpoints.restore(make_setup(config).abstract_state())
     checkpoints.close()
     return jax.tree.map(np.asarray, (state.params, state.opt_state, state.step)), host
 
@@ -161,7 +162,7 @@ def test_minibatches_and_several_resumes(tmp_path):
         turns += 1
         assert turns < 30
         again = load_run_config(tmp_path / "parts")
-        done = train(again, Console(quiet=True), StopAt(7), resume=True)
+        done = train(again, Console(quiet=True), StopAt(6 + 4 * turns), resume=True)
     assert turns > 1
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -175,7 +176,7 @@ def test_a_run_trains_the_runs_it_needs(tmp_path):
         "rl": {"coef": 0},
         "kd": {"coef": 0},
         "sft": {"coef": 1},
-        "train": {"num_steps": 2, "prompts_per_iteration": 4},
+        "train": {"num_steps": 2, "prompts_per_iteration": 8},
         "eval": {"agreement": False, "num_prompts": 4},
     }
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
@@ -204,6 +205,37 @@ def test_other_settings_in_the_same_directory_are_refused(uninterrupted, tmp_pat
     with pytest.raises(ValueError, match=r"train\.num_steps was 4, is 9"):
         train(config, Console(quiet=True), lambda: False)
     assert (uninterrupted / "config.yaml").read_text() == before
+
+
+def test_a_refused_resume_changes_nothing(uninterrupted):
+    """Settings that do not fit the checkpoint: one line, and the run is as it was."""
+    before = (uninterrupted / "config.yaml").read_text()
+    for override, wanted in {
+        "student.architecture.hidden_size=32": "does not fit",
+        "optimizer.weight_decay=0.1": "does not fit",
+        "seed=5": "seed",
+    }.items():
+        config = load_run_config(uninterrupted, [override, "train.num_steps=6"])
+        with pytest.raises(ValueError, match=wanted):
+            train(config, Console(quiet=True), lambda: False, resume=True)
+        assert (uninterrupted / "config.yaml").read_text() == before
+
+
+def test_stopped_in_a_prerequisite_resumes_the_whole(tmp_path, capsys):
+    sft = {**TREE, "teacher": None, "rollout": {"source": "dataset", "group_size": 1, "max_new_tokens": 10}}
+    sft |= {"rl": {"coef": 0}, "kd": {"coef": 0}, "sft": {"coef": 1}, "eval": {"num_prompts": 8}}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
+    tree = {**TREE, "student": {"run": "sft.yaml"}, "train": {**TREE["train"], "num_steps": 1}}
+    (tmp_path / "kdrl.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "kdrl.yaml", [f"log.dir={tmp_path / 'run'}"])
+    assert not train(config, Console(soft_wrap=True), StopAt(8))
+    assert f"--config {tmp_path / 'run'}\n" in capsys.readouterr().out
+    other = load_config(tmp_path / "kdrl.yaml", [f"log.dir={tmp_path / 'run'}", "seed=1"])
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        train(other, Console(quiet=True), lambda: False)
+    again = load_run_config(tmp_path / "run")
+    assert train(again, Console(quiet=True), lambda: False, resume=True)
+    assert is_complete(config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -53,17 +53,20 @@ for _yaml in (_Loader, _Dumper):
     )
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), fixed: dict[str, Any] | None = None
+) -> Config:
     """Reads a config file, what it extends, and the overrides.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value` strings; the value is read as YAML.
+        fixed: a tree of settings that the caller decides, over all others.
 
     Raises:
         ConfigError: with one line for the user.
     """
-    return _load(Path(path), overrides, {})
+    return _load(Path(path), overrides, fixed or {})
 
 
 def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -73,6 +76,9 @@ def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = 
         raise ConfigError(
             f"{run_dir}: no {RUN_CONFIG} in this directory, so it is not a run; give a config file or a run"
         )
+    for override in overrides:
+        if override.partition("=")[0].strip() == "log.dir":
+            raise ConfigError(f"override {override!r}: a run goes on where it is, in {run_dir}")
     return _load(path, overrides, {"log": {"dir": str(run_dir)}})
 
 

@@ -199,7 +199,7 @@ def open_prompts(
 def load_eval_prompts(
     data: DataConfig, tokenizer: Tokenizer, *, chat_template: ChatMode, num_prompts: int
 ) -> tuple[Prompts, dict[str, int]]:
-    """The first prompts over the eval sources, taken in turn: the same for every model and run.
+    """The first different prompts over the eval sources, taken in turn: the same for every model and run.
 
     Args:
         data: as for `open_prompts`; a source that runs out leaves its turns to the others.
@@ -219,12 +219,15 @@ def load_eval_prompts(
     sources = _open(data.eval, needs_completion=False)
     dropped = {s.name: 0 for s in sources}
 
+    seen: set[str] = set()
+
     def fitting(source: Source) -> Iterator[_Encoded]:
         for index in range(len(source)):
             encoded = encode(source, index)
             if encoded is None:
                 dropped[source.name] += 1
-            else:
+            elif encoded.row.question not in seen:
+                seen.add(encoded.row.question)
                 yield encoded
 
     chosen: list[_Encoded] = []

@@ -22,10 +22,11 @@ class SamplerSettings:
         if self.top_k > MAX_CANDIDATES:
             raise ValueError(f"top_k={self.top_k}: at most {MAX_CANDIDATES} candidates are kept")
 
-    @property
-    def truncates(self) -> bool:
-        """Whether tokens are drawn from less than the whole distribution."""
-        return self.greedy or self.top_k > 0 or self.top_p < 1.0
+
+def seed_key(seed: int) -> jax.Array:
+    """The key everything random of a run is derived from. Always threefry: a batched key of another
+    kind does not keep its identity."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def row_keys(key: jax.Array, draws_B: jax.Array, samples_B: jax.Array) -> jax.Array:
