@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("KDRL_TRACEBACK"):
             raise
         # Most are mistakes in what was given. One line says so; the variable shows the rest.
-        print(f"error: {' '.join(str(error).split())} (KDRL_TRACEBACK=1 shows where)", file=sys.stderr)
+        hint = "" if isinstance(error, ConfigError) else " (KDRL_TRACEBACK=1 shows where)"
+        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else USAGE_ERROR
 
 
