@@ -67,7 +67,8 @@ def train(
         Whether the run is complete (False: stopped and saved).
 
     Raises:
-        ValueError, FileNotFoundError: a mistake in config or data, before this run writes anything.
+        ValueError, FileNotFoundError: a mistake in config or data, before anything is written; in a run
+            that trains others first, its own data are only looked at after those.
         TrainingError: updates that are not finite, N in a row.
     """
     if not resume:
@@ -99,9 +100,9 @@ class _Run:
         self.setup, self.config, self.run_dir, self.should_stop = setup, c, run_dir, should_stop
         self.resume_dir = resume_dir
         self.told_errors = False
-        names = [c.reward.verifier, *c.reward.shaping]
         self.from_dataset = c.rollout.source == "dataset"
         self.data = self._open_data()
+        names = [c.reward.verifier, *c.reward.shaping]
         self.pool = RewardPool(names, c.reward.num_workers, c.reward.time_limit_s)
         self.evaluator = None
         if c.data.eval:
