@@ -71,10 +71,11 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
 
 def _params(setup: Setup, run_dir: str | None) -> tuple[Params, int | None]:
     if run_dir is None:
-        return setup.init_student(), None
+        return setup.student_params(setup.init_trainable()), None
     checkpoints = Checkpoints(run_dir)
     try:
-        return checkpoints.restore_params(setup.abstract_state().params), checkpoints.latest_step
+        trained = checkpoints.restore_params(setup.abstract_state().params)
+        return setup.student_params(trained), checkpoints.latest_step
     finally:
         checkpoints.close()
 

@@ -208,7 +208,7 @@ def make_agreement(
         tokens, starts = rollouts.tokens_BT, rollouts.prompt_lengths_B
         states = [predictors(m.hidden(tokens), starts, head) for m in (ours, theirs)]
         scores = score_predictors(
-            states[0], ours.head_kernel(), tokens, starts, head, states[1], theirs.head_kernel()
+            states[0], ours.output_head(), tokens, starts, head, states[1], theirs.output_head()
         )
         assert scores.reverse_kl_BT is not None
         assert scores.same_top_BT is not None

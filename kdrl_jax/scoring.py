@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kdrl_jax.models.decoder import Model
-from kdrl_jax.models.head import head_logits
+from kdrl_jax.models.head import Head, head_logits
 from kdrl_jax.objective.kl import full_reverse_kl
 from kdrl_jax.types import Params
 
@@ -62,14 +62,14 @@ def _positions(starts_B: jax.Array, settings: HeadSettings) -> jax.Array:
 
 def score_predictors(
     states_BND: jax.Array,
-    kernel_DV: jax.Array,
+    head: Head,
     tokens_BT: jax.Array,
     starts_B: jax.Array,
     settings: HeadSettings,
     teacher_states_BND: jax.Array | None = None,
-    teacher_kernel_DV: jax.Array | None = None,
+    teacher_head: Head | None = None,
 ) -> TokenScores:
-    """Scores completion tokens from the states of `predictors`, differentiable in states and kernel.
+    """Scores completion tokens from the states of `predictors`, differentiable in states and head.
 
     The head runs over slices of N (rows stay on their devices); each slice is recomputed in the
     backward pass, so that only hidden states are kept.
@@ -92,22 +92,22 @@ def score_predictors(
     logits = functools.partial(head_logits, num_tokens=settings.num_tokens, temperature=settings.temperature)
 
     @jax.checkpoint
-    def one(kernel: jax.Array, xs: list[jax.Array]) -> tuple[jax.Array, ...]:
-        student = logits(xs[0], kernel)
+    def one(head: Head, xs: list[jax.Array]) -> tuple[jax.Array, ...]:
+        student = logits(xs[0], head)
         logp = jax.nn.log_softmax(student, axis=-1)
         chosen = jnp.take_along_axis(logp, xs[1][..., None], axis=-1)[..., 0]
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
         out = (chosen, jax.lax.stop_gradient(entropy))
         if len(xs) == 2:
             return out
-        assert teacher_kernel_DV is not None
-        teacher = logits(xs[2], jax.lax.stop_gradient(teacher_kernel_DV))
+        assert teacher_head is not None
+        teacher = logits(xs[2], jax.lax.stop_gradient(teacher_head))
         # One tokenizer, but each model pads its vocabulary its own way; the padding is masked out.
         width = min(student.shape[-1], teacher.shape[-1])
         student, teacher = student[..., :width], teacher[..., :width]
         return *out, full_reverse_kl(student, teacher), student.argmax(-1) == teacher.argmax(-1)
 
-    _, outs = jax.lax.scan(lambda _, xs: (None, one(kernel_DV, xs)), None, inputs)
+    _, outs = jax.lax.scan(lambda _, xs: (None, one(head, xs)), None, inputs)
 
     def rejoin(x: jax.Array) -> jax.Array:
         """Back to [B, T], each value at its token; what lies past the row is dropped."""
@@ -133,7 +133,7 @@ def score_tokens(
     predict them if they are to be kept for the exact divergence."""
     decoder = model.bind(params)
     states = predictors(decoder.hidden(tokens_BT), starts_B, settings)
-    scores = score_predictors(states, decoder.head_kernel(), tokens_BT, starts_B, settings)
+    scores = score_predictors(states, decoder.output_head(), tokens_BT, starts_B, settings)
     return scores.logprobs_BT, states if keep_states else None
 
 

@@ -15,8 +15,12 @@ from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
 from kdrl_jax.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
-from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, Model, make_model
+from kdrl_jax.models import adapters
+from kdrl_jax.models.block import Holding, LoRA
+from kdrl_jax.models.decoder import FrozenModel, Model, make_model
+from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.load import ModelSource, open_model
+from kdrl_jax.models.quantize import quantize_params
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
 from kdrl_jax.rollout.engine import Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
@@ -33,6 +37,8 @@ class Found:
     config: DecoderConfig
     load: Callable[[Params], Params] | None
     """Abstract parameters with types and shardings -> parameters; None for random weights."""
+    loads_int8: bool = False
+    """Whether `load` itself quantises, tensor by tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +51,14 @@ class Setup:
     student: Model
     teacher: FrozenModel | None
     optimizer: optax.GradientTransformation
-    init_student: Callable[[], Params]
-    """The student as the config starts it (float32 master weights)."""
+    frozen: Params
+    """What of the student is not trained: all but its adapters with LoRA, else nothing."""
+    init_trainable: Callable[[], Params]
+    """What of the student is trained, as the config starts it (float32 master weights)."""
+
+    def student_params(self, trainable: Params) -> Params:
+        """All of the student's parameters."""
+        return adapters.overlay(self.frozen, trainable)
 
     @property
     def head(self) -> HeadSettings:
@@ -76,7 +88,7 @@ class Setup:
 
     def init_state(self) -> TrainState:
         """Step 0: the student's first parameters and empty moments, each on its devices."""
-        params = self.init_student()
+        params = self.init_trainable()
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
         zero = [jax.device_put(np.zeros((), np.int32), shardings.step) for _ in range(3)]
@@ -84,7 +96,7 @@ class Setup:
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state; nothing is loaded."""
-        params = abstract_params(self.student, self.mesh, jnp.float32)
+        params = _abstract_trainable(self.student, self.mesh)
         everywhere = sharding.replicated(self.mesh)
         shardings = opt_state_shardings(
             self.optimizer, params, jax.tree.map(lambda x: x.sharding, params), everywhere
@@ -115,12 +127,14 @@ def make_setup(config: Config) -> Setup:
             check_same_vocabulary(*pair, same_end=config.kd.end_token)
     for role, files in found.items():
         _check_fits(config, role, files.config, tokenizer)
-    student = make_model(found["student"].config, _dtype(config.student))
+    student = make_model(found["student"].config, _dtype(config.student), _holding(config.student))
     teacher = None
     if config.teacher is not None:
-        model = make_model(found["teacher"].config, _dtype(config.teacher))
+        holding = _holding(config.teacher)
+        model = make_model(found["teacher"].config, _dtype(config.teacher), holding)
         params = _load(found["teacher"], model, mesh, _dtype(config.teacher), config.seed)
         teacher = FrozenModel(model, params)
+    frozen, init_trainable = _prepare_student(config, found["student"], student, mesh)
     return Setup(
         config=config,
         mesh=mesh,
@@ -128,8 +142,25 @@ def make_setup(config: Config) -> Setup:
         student=student,
         teacher=teacher,
         optimizer=make_optimizer(config.optimizer),
-        init_student=lambda: _load(found["student"], student, mesh, jnp.float32, config.seed),
+        frozen=frozen,
+        init_trainable=init_trainable,
     )
+
+
+def _prepare_student(
+    config: Config, found: Found, student: Model, mesh: Mesh
+) -> tuple[Params, Callable[[], Params]]:
+    """(what is not trained, how what is trained begins)."""
+    if student.holding.lora is None:
+        return {}, lambda: _load(found, student, mesh, jnp.float32, config.seed)
+    frozen = _load(found, make_model(student.config), mesh, _dtype(config.student), config.seed)
+    abstract = _abstract_trainable(student, mesh)
+
+    def init(key: jax.Array) -> Params:
+        return adapters.split(student.init(key))[0]
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return frozen, lambda: jax.jit(init, out_shardings=shardings)(seed_key(config.seed))
 
 
 def run_of(config: Config, role: Role) -> Path | None:
@@ -184,27 +215,29 @@ class _Finder:
         """
         model, run = _model_config(config, role), run_of(config, role)
         if run is not None:
-            inner = self.find(load_run_config(run), "student", num_tokens)
-            return Found(inner.config, lambda abstract: _restore(run, abstract))
+            trained = load_run_config(run)
+            inner = self.find(trained, "student", num_tokens)
+            return Found(inner.config, lambda abstract: _load_run(run, trained, inner, abstract))
         source = self._open(model) if model.path is not None else open_model(model, num_tokens)
-        if not source.has_weights:
-            return Found(source.config, None)
-
-        def load(abstract: Params) -> Params:
-            def put(path: str, array: np.ndarray) -> jax.Array:
-                leaf: Any = abstract
-                for part in path.split("."):
-                    leaf = leaf[part]
-                return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
-
-            return source.load(put)
-
-        return Found(source.config, load)
+        return Found(source.config, source.load if source.has_weights else None, loads_int8=True)
 
     def _open(self, model: ModelConfig) -> ModelSource:
         if model not in self._sources:
             self._sources[model] = open_model(model)
         return self._sources[model]
+
+
+def _load_run(run: Path, trained: Config, base: Found, abstract: Params) -> Params:
+    """The student of a run's newest checkpoint, its adapters merged if it has some."""
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    holding = _holding(trained.student)
+    if holding.lora is None:
+        return _restore(run, abstract)
+    student = make_model(base.config, _dtype(trained.student), holding)
+    frozen = _load(base, make_model(base.config), mesh, _dtype(trained.student), trained.seed)
+    saved = _restore(run, _abstract_trainable(student, mesh))
+    merged = adapters.merge(adapters.overlay(frozen, saved), holding.lora)
+    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), merged, abstract)
 
 
 def _restore(run: Path, abstract: Params) -> Params:
@@ -228,25 +261,46 @@ def _choose_tokenizer(config: Config, finder: _Finder, own: dict[Role, Tokenizer
 
 
 def _load(found: Found, model: Model, mesh: Mesh, dtype: Any, seed: int) -> Params:
-    """Parameters in `dtype`, sharded by the rules: from their file or run, or random."""
+    """The parameters of a model without adapters, in `dtype` or int8, sharded by the rules: from their
+    file or run, or random."""
     abstract = abstract_params(model, mesh, dtype)
-    if found.load is not None:
+    if found.load is not None and (found.loads_int8 or not model.holding.int8):
         return found.load(abstract)
+    plain = abstract_params(make_model(model.config), mesh, dtype)
+    if found.load is not None:
+        params = found.load(plain)
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, plain)
 
-    def init(key: jax.Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
+        def init(key: jax.Array) -> Params:
+            return jax.tree.map(lambda x: x.astype(dtype), make_model(model.config).init(key))
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(init, out_shardings=shardings)(seed_key(seed))
+        params = jax.jit(init, out_shardings=shardings)(seed_key(seed))
+    return quantize_params(params, abstract) if model.holding.int8 else params
 
 
 def abstract_params(model: Model, mesh: Mesh, dtype: Any) -> Params:
-    """Shapes, types and shardings of a model's parameters."""
+    """Shapes, types and shardings of a model's parameters: floats in `dtype`, but scales of int8 and
+    adapters in float32."""
 
-    def leaf(x: jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding.sharding(dims, x.shape, mesh))
+    def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
+        keeps = x.dtype == jnp.int8 or str(path[-1].key).endswith(("_scale", "_lora_a", "_lora_b"))
+        place = sharding.sharding(dims, x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if keeps else dtype, sharding=place)
 
-    return jax.tree.map(leaf, model.abstract(), model.dims)
+    return jax.tree_util.tree_map_with_path(leaf, model.abstract(), model.dims)
+
+
+def _abstract_trainable(student: Model, mesh: Mesh) -> Params:
+    whole = abstract_params(student, mesh, jnp.float32)
+    return whole if student.holding.lora is None else adapters.split(whole)[0]
+
+
+def _holding(model: ModelConfig) -> Holding:
+    lora = None
+    if model.lora is not None:
+        lora = LoRA(model.lora.rank, model.lora.alpha, model.lora.targets)
+    return Holding(int8=model.weights == "int8", lora=lora)
 
 
 def _dtype(model: ModelConfig) -> Any:
@@ -283,8 +337,8 @@ def _check_fits(config: Config, role: Role, decoder: DecoderConfig, tokenizer: T
             f"{decoder.vocab_size}: it is not this model's tokenizer"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > decoder.max_positions:
+    if longest > decoder.longest:
         raise ValueError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the {role} was made for "
-            f"{decoder.max_positions} positions; lower one of them"
+            f"{decoder.longest} positions; lower one of them"
         )

@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "E": None,
     "L": None,
     "H": None,
+    "R": None,  # rank of an adapter
     "T": None,
     "S": None,
 }

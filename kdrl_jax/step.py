@@ -14,7 +14,9 @@ import optax
 
 from kdrl_jax.config import Config
 from kdrl_jax.config.schema import is_zero
+from kdrl_jax.models.adapters import overlay
 from kdrl_jax.models.decoder import Model
+from kdrl_jax.models.head import Head
 from kdrl_jax.objective.kdrl import kd_token_loss
 from kdrl_jax.objective.kl import bound_acts
 from kdrl_jax.objective.masks import token_weights
@@ -41,7 +43,7 @@ class TokenWeights:
 class Objective:
     """The loss of a minibatch, and the compiled functions made from it.
 
-    All arrays of a `TrainBatch` have the minibatch's rows; `teacher_kernel` is the teacher's head
+    All arrays of a `TrainBatch` have the minibatch's rows; `teacher_head` is the teacher's head
     [D, V], needed by the exact divergence alone.
     """
 
@@ -67,7 +69,7 @@ class Objective:
         return {t: jnp.asarray(make_schedule(getattr(self.config, t).coef)(step)) for t in self.terms}
 
     def sums(
-        self, params: Params, batch: TrainBatch, weights: TokenWeights, teacher_kernel: jax.Array | None
+        self, params: Params, batch: TrainBatch, weights: TokenWeights, teacher_head: Head | None
     ) -> tuple[dict[str, jax.Array], Metrics]:
         """Each term's weighted sum over some rows, and the metrics' sums over the same rows."""
         c = self.config
@@ -75,12 +77,12 @@ class Objective:
         hidden = decoder.hidden(batch.tokens_BT, remat=c.train.remat)
         scores = score_predictors(
             predictors(hidden, batch.prompt_lengths_B, self.head),
-            decoder.head_kernel(),
+            decoder.output_head(),
             batch.tokens_BT,
             batch.prompt_lengths_B,
             self.head,
             batch.teacher_states_BND,
-            teacher_kernel,
+            teacher_head,
         )
         student = scores.logprobs_BT
         # Without recorded old log-probabilities the samples are the student's own, just drawn.
@@ -131,10 +133,10 @@ class Objective:
         batch: TrainBatch,
         weights: TokenWeights,
         coefs: dict[str, jax.Array],
-        teacher_kernel: jax.Array | None,
+        teacher_head: Head | None,
     ) -> tuple[jax.Array, Metrics]:
         """Coefficient-weighted sum of the terms over some rows, and the metrics' sums."""
-        terms, extra = self.sums(params, batch, weights, teacher_kernel)
+        terms, extra = self.sums(params, batch, weights, teacher_head)
         return sum((coefs[t] * v for t, v in terms.items()), jnp.zeros(())), extra | {
             f"{t}/loss": v for t, v in terms.items()
         }
@@ -161,8 +163,10 @@ def accumulate(fn: Callable[..., Any], parts: Any, num: int) -> Any:
 
 def make_update(
     objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, TrainBatch, jax.Array | None], tuple[TrainState, Metrics]]:
-    """The update as a pure function; compile it with the state donated.
+) -> Callable[[TrainState, Params, TrainBatch, Head | None], tuple[TrainState, Metrics]]:
+    """The update as a pure function of (state, frozen parameters, batch, teacher's head); compile it with
+    the state donated. The student is the state's parameters over the frozen ones, of which there are none
+    without adapters.
 
     A gradient that is not finite changes nothing but the counters: the step is taken for schedules,
     parameters and moments stay as they are.
@@ -171,14 +175,16 @@ def make_update(
     learning_rate = make_schedule(config.optimizer.learning_rate)
 
     def update(
-        state: TrainState, batch: TrainBatch, teacher_kernel: jax.Array | None
+        state: TrainState, frozen: Params, batch: TrainBatch, teacher_head: Head | None
     ) -> tuple[TrainState, Metrics]:
         coefs = objective.coefs(state.step)
         weights = objective.weigh(batch)
 
         def part(rows: TrainBatch, rows_weights: TokenWeights) -> Any:
-            grad = jax.value_and_grad(objective.loss, has_aux=True)
-            return grad(state.params, rows, rows_weights, coefs, teacher_kernel)
+            def loss(params: Params) -> tuple[jax.Array, Metrics]:
+                return objective.loss(overlay(frozen, params), rows, rows_weights, coefs, teacher_head)
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
 
         (loss, metrics), grads = accumulate(part, (batch, weights), num_microbatches(config, batch))
         grad_norm = optax.global_norm(grads)
@@ -206,22 +212,25 @@ def make_update(
     return update
 
 
-def make_diagnostics(objective: Objective) -> Callable[[Params, TrainBatch, jax.Array | None], Metrics]:
+def make_diagnostics(
+    objective: Objective,
+) -> Callable[[Params, Params, TrainBatch, Head | None], Metrics]:
     """Norms of the RL and KD gradients (without their coefficients) and their cosine, at one point.
 
     One forward pass and a backward pass per term.
     """
     terms = [t for t in objective.terms if t in ("rl", "kd")]
 
-    def diagnose(params: Params, batch: TrainBatch, teacher_kernel: jax.Array | None) -> Metrics:
+    def diagnose(trainable: Params, frozen: Params, batch: TrainBatch, teacher_head: Head | None) -> Metrics:
         weights = objective.weigh(batch)
 
         def part(rows: TrainBatch, rows_weights: TokenWeights) -> list[Params]:
             def values(params: Params) -> list[jax.Array]:
-                sums, _ = objective.sums(params, rows, rows_weights, teacher_kernel)
+                student = overlay(frozen, params)
+                sums, _ = objective.sums(student, rows, rows_weights, teacher_head)
                 return [sums[t] for t in terms]
 
-            _, pull = jax.vjp(values, params)
+            _, pull = jax.vjp(values, trainable)
             one_hot = [[jnp.asarray(float(i == j)) for j in range(len(terms))] for i in range(len(terms))]
             return [pull(seed)[0] for seed in one_hot]
 

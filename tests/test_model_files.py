@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 from make_golden import CHECKPOINTS, GOLDEN
 from safetensors.numpy import load_file, save_file
+from test_models import loaded
 
 from kdrl_jax.config import ModelConfig
 from kdrl_jax.models.hf import SafetensorsFolder
@@ -27,7 +28,7 @@ def opened(path: Path, **settings: Any) -> ModelSource:
 def write_gguf(path: Path, name: str, kind: str, **metadata: Any) -> None:
     """A golden checkpoint as llama.cpp's converter writes it; names come from the gguf package."""
     gguf = pytest.importorskip("gguf")
-    config, family = opened(GOLDEN / name).config, CHECKPOINTS[name][0]
+    config, family = opened(GOLDEN / name).config, CHECKPOINTS[name].family
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -38,11 +39,13 @@ def write_gguf(path: Path, name: str, kind: str, **metadata: Any) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     for key, value in metadata.items():
         writer.add_key_value(f"{family}.{key.replace('__', '.')}", *value)
-    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}[family]
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[
+        family
+    ]
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     file = SafetensorsFolder(GOLDEN / name)
     for key in file.shapes:
@@ -63,7 +66,7 @@ def write_gguf(path: Path, name: str, kind: str, **metadata: Any) -> None:
 # In each of these types the golden checkpoint is exact.
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("llama", "F32"), ("llama_tied", "BF16"), ("qwen2", "F32"), ("qwen2_tied", "F16")],
+    [("llama", "F32"), ("llama_tied", "BF16"), ("qwen2", "F32"), ("qwen2_tied", "F16"), ("qwen3", "F32")],
 )
 def test_gguf_holds_the_same_model(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
@@ -71,7 +74,7 @@ def test_gguf_holds_the_same_model(name: str, kind: str, tmp_path: Path) -> None
     ours, golden = opened(path), opened(GOLDEN / name)
     assert ours.config.norm_eps == pytest.approx(golden.config.norm_eps)
     assert ours.tokenizer_path == str(path)
-    jax.tree.map(np.testing.assert_array_equal, ours.load(), golden.load())
+    jax.tree.map(np.testing.assert_array_equal, loaded(ours), loaded(golden))
 
 
 def error_of(action: Callable[[], Any]) -> str:
@@ -119,7 +122,8 @@ def test_nan_is_named(tmp_path: Path) -> None:
         weights["model.layers.2.mlp.up_proj.weight"][3, 4] = np.nan
         weights["lm_head.weight"][5, 6] = np.inf
 
-    message = error_of(opened(changed(copied(tmp_path), change)).load)
+    source = opened(changed(copied(tmp_path), change))
+    message = error_of(lambda: loaded(source))
     assert "NaN or infinity in lm_head.weight, model.layers.2.mlp.up_proj.weight;" in message
 
 
@@ -128,7 +132,7 @@ def test_a_second_copy_of_a_tied_head_and_old_buffers_are_skipped(tmp_path: Path
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
-    params = opened(changed(copied(tmp_path, "llama_tied"), change)).load()
+    params = loaded(opened(changed(copied(tmp_path, "llama_tied"), change)))
     assert "head" not in params
 
 
@@ -169,18 +173,21 @@ def test_pickles_and_quantised_weights_are_refused(tmp_path: Path) -> None:
         ("llama", "partial_rotary_factor", 0.5),
         ("llama", "num_local_experts", 8),
         ("llama", "quantization_config", {"quant_method": "gptq"}),
-        ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("llama", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}),
-        ("llama", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ("llama", "use_bidirectional_attention", True),
+        ("llama", "attention_sinks", 4),
+        ("qwen3", "attention_bias", True),
+        ("qwen3", "num_experts", 128),
+        ("gemma2", "hidden_activation", "silu"),
+        ("gemma3", "attn_logit_softcapping", 30.0),
+        ("gemma3", "layer_types", ["chunked_attention"] * 6),
+        ("llama", "model_type", "qwen3_moe"),
         ("llama", "architectures", ["LlamaForSequenceClassification"]),
-        ("llama", "model_type", "gemma3"),
+        ("llama", "model_type", "gemma4"),
         ("llama", "num_key_value_heads", 3),
         ("llama", "head_dim", 7),
         ("llama", "num_hidden_layers", 0),
         ("llama", "rope_theta", 77.0),  # rope_parameters says otherwise
-        ("qwen2", "use_sliding_window", True),
-        ("qwen2", "layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+        ("qwen2", "sliding_window", None),  # and layers that slide
         ("qwen2", "rms_norm_eps", "1e-6"),
         ("qwen2", "tie_word_embeddings", "no"),
     ],
@@ -188,21 +195,110 @@ def test_pickles_and_quantised_weights_are_refused(tmp_path: Path) -> None:
 def test_unsupported_fields_are_named_with_their_value(
     name: str, field: str, value: Any, tmp_path: Path
 ) -> None:
-    message = error_of(lambda: opened(copied(tmp_path, name, **{field: value})))
+    more = {"layer_types": ["sliding_attention"] * 3} if field == "sliding_window" and name == "qwen2" else {}
+    message = error_of(lambda: opened(copied(tmp_path, name, **{field: value}, **more)))
     assert "config.json: " in message
-    shown = "sliding_attention" if field == "layer_types" else repr(value)
+    shown = value[1] if field == "layer_types" else repr(value)
     assert field.replace("model_type", "model type") in message
     assert shown in message
 
 
-def test_all_unsupported_fields_are_named_at_once(tmp_path: Path) -> None:
-    folder = copied(tmp_path, mlp_bias=True, hidden_act="relu")
-    assert "hidden_act='relu', mlp_bias=True not supported" in error_of(lambda: opened(folder))
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"type": "linear"}, "rope_scaling.factor=None"),
+        ({"type": "linear", "factor": -2}, "rope_scaling.factor=-2"),
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_scaling.rope_type='longrope' not supported"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_scaling.low_freq_factor=None"),
+        ({"type": "yarn", "factor": 8.0, "mrope_section": [2, 2]}, "rope_scaling.mrope_section=[2, 2]"),
+        ({"rope_type": "default", "factor": 2.0}, "rope_scaling.factor=2.0 not supported with RoPE of type"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor"),
+        ("linear", "rope_scaling='linear'"),
+    ],
+)
+def test_rope_settings_that_cannot_be_computed_are_named(settings: Any, shown: str, tmp_path: Path) -> None:
+    folder = copied(tmp_path, rope_parameters=None, rope_theta=1e4, rope_scaling=settings)
+    assert shown in error_of(lambda: opened(folder))
+
+
+# As published files write them, before transformers 5.
+OLDER_SPELLINGS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 500000.0, "model_type": None, "num_key_value_heads": 2},
+    "llama3": {
+        "rope_theta": 500.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "rope_type": "llama3",
+        },
+    },
+    "qwen2_yarn": {
+        "rope_theta": 5000.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        "layer_types": None,
+        "use_mrope": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen2_sliding": {"rope_theta": 10000.0, "layer_types": None},
+    "gemma2": {"rope_theta": 100.0, "layer_types": None, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma3": {
+        "rope_theta": 1000000,
+        "rope_local_base_freq": 100,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "layer_types": None,
+        "sliding_window_pattern": 6,
+    },
+}
 
 
 def test_older_spellings_mean_the_same(tmp_path: Path) -> None:
-    folder = copied(tmp_path, rope_parameters=None, rope_theta=500000.0, model_type=None)
-    assert opened(folder).config == opened(GOLDEN / "llama").config
+    for name, fields in OLDER_SPELLINGS.items():
+        folder = copied(tmp_path, name, rope_parameters=None, **fields)
+        assert opened(folder).config == opened(GOLDEN / name).config, name
+
+
+def test_everything_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
+    def change(weights: dict[str, np.ndarray]) -> None:
+        del weights["model.norm.weight"]
+        weights["model.layers.0.extra"] = np.zeros(3, np.float32)
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][1:]
+        weights["model.layers.2.mlp.up_proj.weight"][0, 0] = np.nan
+
+    message = error_of(lambda: opened(changed(copied(tmp_path), change)))
+    for part in ("missing tensors: model.norm", "unexpected tensors: model.layers.0.extra", "wrong shapes:"):
+        assert part in message
+    assert "NaN or infinity in model.layers.2.mlp.up_proj.weight" in message
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model."])
+def test_the_text_model_of_a_gemma3_with_vision_is_read(prefix: str, tmp_path: Path) -> None:
+    """Published files put `language_model.` before all names, newer ones `model.language_model.`."""
+    folder = copied(tmp_path, "gemma3")
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(outer | {"text_config": text}))
+    whole = opened(GOLDEN / "gemma3")
+
+    def change(weights: dict[str, np.ndarray]) -> None:
+        for name in list(weights):
+            moved = f"language_model.{name}"
+            if prefix == "model.":
+                moved = name.replace("model.", "model.language_model.", 1)
+            weights[moved] = weights.pop(name)
+        weights[f"{prefix if prefix == 'model.' else ''}vision_tower.x.weight"] = np.zeros(3, np.float32)
+        weights[f"{prefix if prefix == 'model.' else ''}multi_modal_projector.y"] = np.zeros(3, np.float32)
+
+    source = opened(changed(folder, change))
+    assert source.config == whole.config
+    jax.tree.map(np.testing.assert_array_equal, loaded(source), loaded(whole))
+
+
+def test_all_unsupported_fields_are_named_at_once(tmp_path: Path) -> None:
+    folder = copied(tmp_path, mlp_bias=True, hidden_act="relu")
+    assert "mlp_bias=True, hidden_act='relu' not supported" in error_of(lambda: opened(folder))
 
 
 def test_settings_that_do_not_fit_the_files_are_refused(tmp_path: Path) -> None:

@@ -16,11 +16,15 @@ import pytest
 from make_golden import CHECKPOINTS, GOLDEN, hf_logits, hf_model, random_rows, save_random
 from safetensors.numpy import save_file
 
-from kdrl_jax.config import ArchitectureConfig, ModelConfig
+from kdrl_jax.config import ArchitectureConfig, MeshConfig, ModelConfig
 from kdrl_jax.models import tensors
-from kdrl_jax.models.decoder import DecoderConfig, make_model
+from kdrl_jax.models.decoder import Decoder, make_model
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.head import head_logits
 from kdrl_jax.models.hf import SafetensorsFolder
 from kdrl_jax.models.load import ModelSource, open_model
+from kdrl_jax.models.rope import Rope
+from kdrl_jax.sharding import make_mesh, sharding
 from kdrl_jax.types import Params
 
 TOLERANCE = 1e-4
@@ -30,10 +34,21 @@ def opened(path: Path, **settings: Any) -> ModelSource:
     return open_model(ModelConfig(path=str(path), **settings))
 
 
+def loaded(source: ModelSource, dtype: Any = jnp.float32) -> Params:
+    """The parameters on one device, in `dtype`."""
+    abstract = make_model(source.config).abstract()
+    return source.load(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract))
+
+
 def relative_error(ours: np.ndarray, theirs: np.ndarray, real: np.ndarray | None = None) -> float:
     """Largest difference at real positions, relative to the reference's largest |logit|."""
     real = np.ones(theirs.shape[:2], bool) if real is None else real
     return float(np.abs(ours - theirs)[real].max() / np.abs(theirs[real]).max())
+
+
+def logits_of(decoder: Decoder, hidden: jax.Array) -> jax.Array:
+    vocabulary = decoder.config.vocab_size
+    return head_logits(hidden, decoder.output_head(), num_tokens=vocabulary, temperature=1.0)
 
 
 def logits_at_once(config: DecoderConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
@@ -43,7 +58,7 @@ def logits_at_once(config: DecoderConfig, params: Params, tokens: np.ndarray) ->
     @jax.jit
     def run(params: Params, tokens: jax.Array) -> jax.Array:
         decoder = model.bind(params)
-        return decoder.hidden(tokens) @ decoder.head_kernel()
+        return logits_of(decoder, decoder.hidden(tokens))
 
     with jax.default_matmul_precision("highest"):
         return np.asarray(run(params, tokens))
@@ -65,13 +80,13 @@ def logits_in_steps(
         decoder = model.bind(params)
         last, cache = decoder.prefill(tokens, lengths)
         room = [(0, 0), (0, 0), (0, 0), (0, length - width), (0, 0)]
-        return last @ decoder.head_kernel(), tuple(jnp.pad(x, room) for x in cache)
+        return logits_of(decoder, last), tuple(jnp.pad(x, room) for x in cache)
 
     @jax.jit
     def decode(params: Params, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
         decoder = model.bind(params)
         hidden, cache = decoder.decode(tokens, positions, cache)
-        return hidden @ decoder.head_kernel(), cache
+        return logits_of(decoder, hidden), cache
 
     out = np.full((rows, length, config.vocab_size), np.nan, np.float32)
     row = np.arange(rows)
@@ -86,7 +101,7 @@ def logits_in_steps(
 
 
 def check_against(source: ModelSource, tokens: np.ndarray, lengths: np.ndarray, theirs: np.ndarray) -> None:
-    params = source.load()
+    params = loaded(source)
     position = np.arange(tokens.shape[1])
     real = position < lengths[:, None]
     assert relative_error(logits_at_once(source.config, params, tokens), theirs, real) < TOLERANCE
@@ -104,13 +119,19 @@ def test_logits_equal_golden(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -> None:
+    """Rows padded on the right and, for transformers, on the left; ours are always right-padded."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")
     save_random(tmp_path, name, seed)
     tokens, lengths = random_rows(seed)
-    check_against(opened(tmp_path), tokens, lengths, hf_logits(hf_model(tmp_path), tokens, lengths))
+    model, in_steps = hf_model(tmp_path), CHECKPOINTS[name].in_steps
+    right = hf_logits(model, tokens, lengths, in_steps=in_steps)
+    check_against(opened(tmp_path), tokens, lengths, right)
+    if not in_steps:
+        left = hf_logits(model, tokens, lengths, left=True)
+        assert relative_error(left, right, np.arange(tokens.shape[1]) < lengths[:, None]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -118,12 +139,13 @@ def test_transformers_reads_what_is_exported(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     source = opened(GOLDEN / name)
-    family, params = source.family, source.load()
+    family, params = source.family, loaded(source)
     (tmp_path / "config.json").write_text(json.dumps(family.config_to_hf(source.config)))
     written = dict(tensors.export(family.tensors, source.config, params))
     save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
     golden = np.load(GOLDEN / name / "golden.npz")
-    theirs = hf_logits(hf_model(tmp_path), golden["tokens"], golden["lengths"])
+    in_steps = CHECKPOINTS[name].in_steps
+    theirs = hf_logits(hf_model(tmp_path), golden["tokens"], golden["lengths"], in_steps=in_steps)
     assert relative_error(theirs, golden["logits"]) < 1e-6
 
 
@@ -140,7 +162,7 @@ def smollm2() -> Path:
 def test_logits_of_smollm2_equal_golden() -> None:
     golden = np.load(GOLDEN / "smollm2.npz")
     source = opened(smollm2())
-    params = source.load()
+    params = loaded(source)
     logits = logits_at_once(source.config, params, golden["tokens"])
     assert relative_error(logits[..., golden["columns"]], golden["logits"]) < TOLERANCE
     logsumexp = np.asarray(jax.nn.logsumexp(logits, axis=-1))
@@ -152,7 +174,7 @@ def test_logits_of_smollm2_equal_golden() -> None:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_import_fills_the_decoder_and_export_gives_the_file_back(name: str) -> None:
     source = opened(GOLDEN / name)
-    params = source.load()
+    params = loaded(source)
     abstract = make_model(source.config).abstract()
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
@@ -172,25 +194,30 @@ def test_config_survives_the_round_trip(name: str) -> None:
     assert fields["architectures"] == [source.family.architecture]
 
 
-def test_leaves_arrive_one_by_one() -> None:
-    calls: list[tuple[str, Any]] = []
-
-    def put(path: str, leaf: np.ndarray) -> jax.Array:
-        calls.append((path, leaf.dtype))
-        return jnp.asarray(leaf, jnp.bfloat16)
-
-    params = opened(GOLDEN / "llama").load(put)
-    assert len(calls) == len({path for path, _ in calls}) == len(jax.tree.leaves(params)) == 12
-    assert {dtype for _, dtype in calls} == {np.dtype(np.float32)}
-    assert params["layers"]["attn"]["q"].dtype == jnp.bfloat16
+def test_leaves_have_the_type_and_the_shards_that_were_asked_for() -> None:
+    source = opened(GOLDEN / "llama")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    model = make_model(source.config)
+    abstract = jax.tree.map(
+        lambda x, dims: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=sharding(dims, x.shape, mesh)),
+        model.abstract(),
+        model.dims,
+    )
+    params = source.load(abstract)
+    jax.tree.map(
+        lambda x, want: x.sharding == want.sharding or pytest.fail(str(x.sharding)), params, abstract
+    )
+    assert params["layers"]["attn"]["q"].addressable_shards[0].data.shape == (3, 8, 2, 16)
+    whole = loaded(source, jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
 
 
 def test_keep_layers_keeps_exactly_those() -> None:
     whole, cut = opened(GOLDEN / "qwen2"), opened(GOLDEN / "qwen2", keep_layers=(0, 2))
     assert (whole.config.num_layers, cut.config.num_layers) == (3, 2)
-    expected = whole.load()
+    expected = loaded(whole)
     expected["layers"] = jax.tree.map(lambda x: x[jnp.array([0, 2])], expected["layers"])
-    jax.tree.map(np.testing.assert_array_equal, cut.load(), expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded(cut), expected)
 
 
 def test_architecture_gives_a_config_and_no_weights() -> None:
@@ -204,6 +231,6 @@ def test_architecture_gives_a_config_and_no_weights() -> None:
         rope_theta=5000.0,
     )
     source = open_model(ModelConfig(architecture=shape), vocab_size=50)
-    assert source.config == DecoderConfig(50, 24, 40, 2, 4, 2, 6, 5000.0, 1e-6, True, True)
+    assert source.config == DecoderConfig(50, 24, 40, 2, 4, 2, 6, Rope(5000.0), 1e-6, True, True)
     assert not source.has_weights
     assert source.tokenizer_path is None

@@ -12,6 +12,7 @@ import pytest
 from kdrl_jax import sharding
 from kdrl_jax.config import MeshConfig
 from kdrl_jax.models.decoder import DecoderConfig, make_model
+from kdrl_jax.models.head import head_logits
 from kdrl_jax.rollout.engine import Engine, EngineSettings, Stopped, windows
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, row_keys, sample
@@ -129,7 +130,7 @@ def test_greedy_takes_the_most_likely_and_ignores_the_key():
     a, b = (greedy.generate(PARAMS, prompts(slice(0, 2)), jax.random.key(k)) for k in (1, 2))
     np.testing.assert_array_equal(a.tokens_BT, b.tokens_BT)
     decoder = MODEL.bind(PARAMS)
-    logits = decoder.hidden(a.tokens_BT) @ decoder.head_kernel()
+    logits = head_logits(decoder.hidden(a.tokens_BT), decoder.output_head(), num_tokens=V, temperature=1.0)
     best = np.asarray(logits[:, :-1, :V].argmax(-1))
     mask = np.asarray(a.completion_mask_BT)[:, 1:]
     np.testing.assert_array_equal(np.asarray(a.tokens_BT)[:, 1:][mask], best[mask])

@@ -82,7 +82,7 @@ def make_batch(c, pad=0, seed=1, old=None):
 
 
 def kernel(c, seed=1):
-    return TEACHER.bind(teacher_params(seed)).head_kernel() if c.kd.estimator == "full" else None
+    return TEACHER.bind(teacher_params(seed)).output_head() if c.kd.estimator == "full" else None
 
 
 def gradient(c, batch=None, seed=1, head=HEAD):
@@ -92,7 +92,7 @@ def gradient(c, batch=None, seed=1, head=HEAD):
     update = jax.jit(make_update(Objective(c, STUDENT, head), optax.identity()))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, PARAMS, optax.EmptyState(), zero, zero)
-    new, metrics = update(state, batch, kernel(c, seed))
+    new, metrics = update(state, {}, batch, kernel(c, seed))
     return jax.tree.map(jnp.subtract, PARAMS, new.params), metrics
 
 
@@ -141,7 +141,7 @@ def test_a_group_with_equal_rewards_still_distils():
         batch, rl_mask_BT=batch.rl_mask_BT & equal, kd_mask_BT=batch.kd_mask_BT & equal
     )
     diagnose = jax.jit(make_diagnostics(Objective(c, STUDENT, HEAD)))
-    found = diagnose(PARAMS, only, None)
+    found = diagnose(PARAMS, {}, only, None)
     assert float(found["rl/grad_norm"]) == 0.0
     assert float(found["kd/grad_norm"]) > 1e-3
     assert float(found["grad_cosine"]) == 0.0
@@ -195,7 +195,7 @@ def test_a_teacher_equal_to_the_student_gives_nothing(estimator, placement):
     update = jax.jit(make_update(Objective(c, STUDENT, HEAD), optax.identity()))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, PARAMS, optax.EmptyState(), zero, zero)
-    _, metrics = update(state, batch, STUDENT.bind(PARAMS).head_kernel() if full else None)
+    _, metrics = update(state, {}, batch, STUDENT.bind(PARAMS).output_head() if full else None)
     assert abs(float(metrics["kd/reverse_kl"])) < 1e-6
     assert float(metrics["grad_norm"]) < 1e-5
 
@@ -282,7 +282,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
     state = TrainState(zero, PARAMS, optimizer.init(PARAMS), zero, zero)
     good = make_batch(c)
     bad = dataclasses.replace(good, teacher_logprobs_BT=good.teacher_logprobs_BT.at[0].set(jnp.nan))
-    skipped, metrics = update(state, bad, None)
+    skipped, metrics = update(state, {}, bad, None)
     assert int(metrics["skipped_updates"]) == int(metrics["skipped_in_a_row"]) == 1
     for a, b in zip(
         jax.tree.leaves((skipped.params, skipped.opt_state)),
@@ -290,7 +290,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    after, metrics = update(skipped, good, None)
+    after, metrics = update(skipped, {}, good, None)
     assert int(after.step) == 2
     assert int(metrics["skipped_in_a_row"]) == 0
     assert int(metrics["skipped_updates"]) == 1
@@ -322,7 +322,7 @@ def test_meshes_give_the_same_gradient(mesh, estimator):
     zero = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(m))
     with jax.set_mesh(m):
         head = kernel(c)
-        new, metrics = update(TrainState(zero, placed, optax.EmptyState(), zero, zero), batch, head)
+        new, metrics = update(TrainState(zero, placed, optax.EmptyState(), zero, zero), {}, batch, head)
     close(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, new.params), whole)
     for name in measured:
         np.testing.assert_allclose(metrics[name], measured[name], rtol=2e-5, atol=1e-6, err_msg=name)

@@ -28,7 +28,7 @@ LayerItem = Annotated[int | str, BeforeValidator(_check_layer_item)]
 class ArchitectureConfig(Section):
     """A decoder built from random weights. Field names follow the Hugging Face config.json."""
 
-    family: Literal["llama", "qwen2"] = "llama"
+    family: Literal["llama", "qwen2", "qwen3"] = "llama"
     hidden_size: Positive
     intermediate_size: Positive
     num_hidden_layers: Positive
@@ -54,6 +54,19 @@ class ArchitectureConfig(Section):
         return self
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685): the student's weights stay as they are, and the product of two
+    thin matrices is trained beside each. Checkpoints hold the adapters alone."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(strict=True, gt=0)] = 32.0
+    """An adapter's product is multiplied by alpha / rank."""
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
+        default=("q", "k", "v", "o", "gate", "up", "down"), min_length=1
+    )
+    """Weights that get an adapter."""
+
+
 class ModelConfig(Section):
     """Where a model comes from: exactly one of `path`, `run` and `architecture`."""
 
@@ -68,7 +81,12 @@ class ModelConfig(Section):
     keep_layers: tuple[LayerItem, ...] | None = None
     """Layers to keep, in order, as indices or inclusive ranges: `[0-9, 20-29]`."""
     compute_dtype: DType = "float32"
-    """Type of matrix products. The student's master weights are always float32."""
+    """Type of matrix products. The student's master weights are always float32 (with `lora`, those of its
+    adapters; the rest is held in this type)."""
+    weights: Literal["float", "int8"] = "float"
+    """`int8` (teacher only): matrices in 8 bits, with a scale per output channel."""
+    lora: LoRAConfig | None = None
+    """Student only: train adapters instead of the weights."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -380,6 +398,10 @@ def check_contradictions(c: Config) -> None:
     Raises:
         ValueError: naming the keys, their values and what to change.
     """
+    if c.student.weights != "float":
+        raise ValueError(f"student.weights={c.student.weights} cannot be trained; only a teacher may be int8")
+    if c.teacher is not None and c.teacher.lora is not None:
+        raise ValueError("teacher.lora is set, but a teacher is not trained; remove it")
     if is_zero(c.rl.coef) and is_zero(c.kd.coef) and is_zero(c.sft.coef):
         raise ValueError("rl.coef, kd.coef and sft.coef are all 0: nothing would be trained")
     if c.uses_teacher and c.teacher is None:

@@ -2,7 +2,8 @@
 
 NNX holds the modules and names the parameters; everything that is compiled is a plain function of
 `(params, arrays)` that merges them inside the trace, where it costs nothing. Layers are stacked along
-a leading L and scanned, so that compile time does not grow with depth.
+a leading L and scanned, so that compile time does not grow with depth; what differs between layers
+(the window, the RoPE base) is scanned along with them as data.
 
 Right padding only: position t of a row attends to positions <= t, so padding after the last token is
 never seen by a real one and needs no mask.
@@ -17,175 +18,149 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kdrl_jax.models.attention import cached_attention, full_attention
+from kdrl_jax.models.block import Block, Holding
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.head import Head
+from kdrl_jax.models.rope import apply_rope, rope_tables
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import Params
 
 KVCache = tuple[jax.Array, jax.Array]
 """Keys and values, each [L, B, K, S, H]. Stacked, so that scanned layers write it in place."""
 
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder."""
-
-    vocab_size: int
-    """V: rows of the embedding, padding rows included."""
-    embed_dim: int
-    mlp_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    max_positions: int = 1 << 20
-    """Positions the model was trained for; longer rows are refused at start-up."""
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.float32) * scale * fan_in**-0.5
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last dimension, in float32, returned in x's type."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
-
-
-def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [..., H/2] (float32) of rotary embeddings at integer positions [...]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates halves (the Hugging Face layout): x [..., heads, H], tables [..., H/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return rotated.astype(x.dtype)
-
-
-def cached_attention(q_BNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, pos_B: jax.Array) -> jax.Array:
-    """One query per row over the cache up to and including its own position; returns [B, N, H]."""
-    b, n, h = q_BNH.shape
-    k = k_BKSH.shape[1]
-    q = q_BNH.reshape(b, k, n // k, h)
-    scores = jnp.einsum("bkgh,bksh->bkgs", q, k_BKSH, preferred_element_type=jnp.float32) * h**-0.5
-    seen = jnp.arange(k_BKSH.shape[2])[None, :] <= pos_B[:, None]
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None, :], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(v_BKSH.dtype), v_BKSH)
-    return out.reshape(b, n, h)
-
-
-class Attention(nnx.Module):
+class Attention(Block):
     """Grouped-query attention's projections, stacked over layers."""
 
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
-        L, D, N, K, H = c.num_layers, c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-        self.q = nnx.Param(_normal(rngs.params(), (L, D, N, H), D), dims="L D N H")
-        self.k = nnx.Param(_normal(rngs.params(), (L, D, K, H), D), dims="L D K H")
-        self.v = nnx.Param(_normal(rngs.params(), (L, D, K, H), D), dims="L D K H")
+    def __init__(self, c: DecoderConfig, holding: Holding, rngs: nnx.Rngs):
+        super().__init__(c, holding)
+        for name in ("q", "k", "v"):
+            self.add_weight(name, rngs, bias=c.qkv_bias)
         # Branches that end in the residual stream start small, so that its size does not grow with depth.
-        self.o = nnx.Param(_normal(rngs.params(), (L, N, H, D), N * H, (2 * L) ** -0.5), dims="L N H D")
-        if c.qkv_bias:
-            self.q_bias = nnx.Param(jnp.zeros((L, N, H)), dims="L N H")
-            self.k_bias = nnx.Param(jnp.zeros((L, K, H)), dims="L K H")
-            self.v_bias = nnx.Param(jnp.zeros((L, K, H)), dims="L K H")
-        self.has_bias = c.qkv_bias
+        self.add_weight("o", rngs, init_scale=(2 * c.num_layers) ** -0.5)
+        if c.qk_norm:
+            self.add_norm("q_norm", "L H")
+            self.add_norm("k_norm", "L H")
 
     def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] to rotated q [..., N, H] and k, and v [..., K, H]."""
-        dtype = x.dtype
-        q = jnp.einsum("...d,dnh->...nh", x, self.q[...].astype(dtype))
-        k = jnp.einsum("...d,dkh->...kh", x, self.k[...].astype(dtype))
-        v = jnp.einsum("...d,dkh->...kh", x, self.v[...].astype(dtype))
-        if self.has_bias:
-            q = q + self.q_bias[...].astype(dtype)
-            k = k + self.k_bias[...].astype(dtype)
-            v = v + self.v_bias[...].astype(dtype)
+        q, k, v = (self.times(name, x) for name in ("q", "k", "v"))
+        if self.config.qk_norm:
+            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
-    def out(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...nh,nhd->...d", x, self.o[...].astype(x.dtype))
 
+class MLP(Block):
+    """down(act(gate(x)) * up(x)), stacked over layers."""
 
-class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)), stacked over layers."""
-
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
-        L, D, F = c.num_layers, c.embed_dim, c.mlp_dim
-        self.gate = nnx.Param(_normal(rngs.params(), (L, D, F), D), dims="L D F")
-        self.up = nnx.Param(_normal(rngs.params(), (L, D, F), D), dims="L D F")
-        self.down = nnx.Param(_normal(rngs.params(), (L, F, D), F, (2 * L) ** -0.5), dims="L F D")
+    def __init__(self, c: DecoderConfig, holding: Holding, rngs: nnx.Rngs):
+        super().__init__(c, holding)
+        self.add_weight("gate", rngs)
+        self.add_weight("up", rngs)
+        self.add_weight("down", rngs, init_scale=(2 * c.num_layers) ** -0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = x @ self.gate[...].astype(x.dtype)
-        up = x @ self.up[...].astype(x.dtype)
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+        gate = self.times("gate", x)
+        gate = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return self.times("down", gate * self.times("up", x))
 
 
-class Layers(nnx.Module):
+class Layers(Block):
     """All layers, stacked; one slice of it along L is one layer."""
 
-    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
-        self.attn_norm = nnx.Param(jnp.ones((c.num_layers, c.embed_dim)), dims="L D")
-        self.attn = Attention(c, rngs)
-        self.mlp_norm = nnx.Param(jnp.ones((c.num_layers, c.embed_dim)), dims="L D")
-        self.mlp = MLP(c, rngs)
-        self.eps = c.norm_eps
+    def __init__(self, c: DecoderConfig, holding: Holding, rngs: nnx.Rngs):
+        super().__init__(c, holding)
+        self.attn = Attention(c, holding, rngs)
+        self.mlp = MLP(c, holding, rngs)
+        self.add_norm("attn_norm", "L D")
+        self.add_norm("mlp_norm", "L D")
+        if c.post_norms:
+            self.add_norm("attn_post_norm", "L D")
+            self.add_norm("mlp_post_norm", "L D")
 
-    def layer(
-        self, x: jax.Array, attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], *rope: jax.Array
-    ) -> jax.Array:
+    def layer(self, x: jax.Array, attend: Attend, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """One layer (of a slice): `attend(q, k, v)` is what prefill, decode and training differ in."""
-        q, k, v = self.attn.qkv(rms_norm(x, self.attn_norm[...], self.eps), *rope)
-        x = x + self.attn.out(attend(q, k, v))
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+        q, k, v = self.attn.qkv(self.norm("attn_norm", x), cos, sin)
+        out = self.attn.times("o", attend(q, k, v))
+        x = x + (self.norm("attn_post_norm", out) if self.config.post_norms else out)
+        out = self.mlp(self.norm("mlp_norm", x))
+        return x + (self.norm("mlp_post_norm", out) if self.config.post_norms else out)
 
 
-class Decoder(nnx.Module):
+class Decoder(Block):
     """Token ids to final hidden states. The vocabulary head is applied by `scoring`, in chunks."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: Any = jnp.float32):
-        D, V = config.embed_dim, config.vocab_size
-        self.config = config
+    def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: Any, holding: Holding):
+        super().__init__(c, holding)
         self.compute_dtype = compute_dtype
-        self.embed = nnx.Param(_normal(rngs.params(), (V, D), D), dims="V D")
-        self.layers = Layers(config, rngs)
-        self.final_norm = nnx.Param(jnp.ones((D,)), dims="D")
-        if not config.tie_embeddings:
-            self.head = nnx.Param(_normal(rngs.params(), (D, V), D), dims="D V")
+        deviation = c.embed_dim**-0.5
+        self.add_matrix("embed", "V D", "V", rngs.params(), deviation)
+        self.layers = Layers(c, holding, rngs)
+        self.add_norm("final_norm", "D")
+        if not c.tie_embeddings:
+            self.add_matrix("head", "D V", "V", rngs.params(), deviation)
 
-    def head_kernel(self) -> jax.Array:
-        """[D, V]; the embedding itself when tied."""
-        return self.embed[...].T if self.config.tie_embeddings else self.head[...]
+    def output_head(self) -> Head:
+        """The vocabulary head; when tied it is the embedding itself."""
+        c, name = self.config, "embed" if self.config.tie_embeddings else "head"
+        scale = self.read(f"{name}_scale") if self.holding.int8 else None
+        return Head(self.read(name), scale, tied=c.tie_embeddings, softcap=c.final_softcap)
 
-    def _rope(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        x = self.read("embed")[tokens].astype(self.compute_dtype)
+        if self.holding.int8:
+            x = x * self.read("embed_scale")[tokens][..., None].astype(self.compute_dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.embed_dim**0.5, self.compute_dtype)
+        return x
+
+    def _differences(
+        self, positions: jax.Array
+    ) -> tuple[jax.Array | None, Callable[[Any], tuple[jax.Array, jax.Array, jax.Array | None]]]:
+        """What layers differ in: data to scan along them, and how a layer's entry gives its cosines,
+        sines and window."""
+        c = self.config
+        full = rope_tables(c.rope, positions, c.head_dim)
+        if not any(c.sliding_layers):
+            return None, lambda _: (*full, None)
+        assert c.sliding_window is not None
+        sees = c.sliding_window
+        sliding = rope_tables(c.sliding_rope or c.rope, positions, c.head_dim)
+
+        def of_layer(slides: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            cos, sin = (jnp.where(slides, a, b) for a, b in zip(sliding, full, strict=True))
+            return cos, sin, jnp.where(slides, sees, jnp.iinfo(jnp.int32).max)
+
+        return jnp.asarray(c.sliding_layers), of_layer
+
+    @property
+    def _attention(self) -> dict[str, Any]:
+        c = self.config
+        return {"scale": c.query_scale or c.head_dim**-0.5, "softcap": c.attn_softcap}
 
     def _full(self, tokens_BT: jax.Array, keep_cache: bool, remat: bool) -> tuple[jax.Array, KVCache | None]:
-        x = constrain(self.embed[...][tokens_BT].astype(self.compute_dtype), "B T E")
-        rope = self._rope(jnp.arange(tokens_BT.shape[1])[None, :])
+        x = constrain(self._embed(tokens_BT), "B T E")
+        slides_L, of_layer = self._differences(jnp.arange(tokens_BT.shape[1])[None, :])
         layer_def, layer_params = nnx.split(self.layers)
 
-        def body(x: jax.Array, params: Any) -> tuple[jax.Array, KVCache | None]:
+        def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, KVCache | None]:
+            params, slides = inputs
+            cos, sin, window = of_layer(slides)
             kept: list[KVCache] = []
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 if keep_cache:
                     kept.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
-                return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+                return full_attention(q, k, v, window=window, **self._attention)
 
-            x = nnx.merge(layer_def, params).layer(x, attend, *rope)
+            x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
             return constrain(x, "B T E"), kept[0] if keep_cache else None
 
-        x, cache = jax.lax.scan(jax.checkpoint(body) if remat else body, x, layer_params)
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
+        x, cache = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (layer_params, slides_L))
+        return self.norm("final_norm", x), cache
 
     def hidden(self, tokens_BT: jax.Array, *, remat: bool = False) -> jax.Array:
         """Final hidden states [B, T, D] of right-padded rows; entry t has seen tokens <= t.
@@ -214,31 +189,32 @@ class Decoder(nnx.Module):
             Hidden states [B, D] and the cache, updated in place when its buffer is donated.
         """
         _, b, num_kv, length, h = cache[0].shape
-        window = window or length
-        x = self.embed[...][tokens_B].astype(self.compute_dtype)
-        rope = self._rope(positions_B)
+        read_length = window or length
+        x = self._embed(tokens_B)
+        slides_L, of_layer = self._differences(positions_B)
         rows, heads = jnp.arange(b)[:, None], jnp.arange(num_kv)[None, :]
         layer_def, layer_params = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KVCache], inputs: Any) -> tuple[tuple[jax.Array, KVCache], None]:
             x, caches = carry
-            i, params = inputs
+            i, params, slides = inputs
+            cos, sin, sees = of_layer(slides)
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal caches
                 at = (i, rows, heads, positions_B[:, None])
                 write = functools.partial(_write, at=at)
                 caches = (write(caches[0], new=k), write(caches[1], new=v))
-                read = [
-                    jax.lax.dynamic_slice(c, (i, 0, 0, 0, 0), (1, b, num_kv, window, h))[0] for c in caches
-                ]
-                return cached_attention(q, read[0], read[1], positions_B)
+                size = (1, b, num_kv, read_length, h)
+                keys, values = (jax.lax.dynamic_slice(c, (i, 0, 0, 0, 0), size)[0] for c in caches)
+                return cached_attention(q, keys, values, positions_B, window=sees, **self._attention)
 
-            x = nnx.merge(layer_def, params).layer(x, attend, *rope)
+            x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
             return (x, caches), None
 
-        (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.config.num_layers), layer_params))
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
+        layers = (jnp.arange(self.config.num_layers), layer_params, slides_L)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
+        return self.norm("final_norm", x), cache
 
 
 def _write(cache: jax.Array, at: tuple[jax.Array, ...], new: jax.Array) -> jax.Array:
@@ -254,6 +230,7 @@ class Model:
     graphdef: nnx.GraphDef[Decoder]
     dims: dict[str, Any]
     """The tree of `Params`, with the dimension letters of each tensor as leaves."""
+    holding: Holding
 
     def bind(self, params: Params) -> Decoder:
         """The module with these parameters; call it inside a traced function."""
@@ -261,7 +238,9 @@ class Model:
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters. Compile it with `out_shardings` to create them sharded."""
-        module = Decoder(self.config, rngs=nnx.Rngs(params=key))
+        module = Decoder(
+            self.config, rngs=nnx.Rngs(params=key), compute_dtype=jnp.float32, holding=self.holding
+        )
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def abstract(self) -> Params:
@@ -269,9 +248,13 @@ class Model:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def make_model(config: DecoderConfig, compute_dtype: Any = jnp.float32) -> Model:
+def make_model(
+    config: DecoderConfig, compute_dtype: Any = jnp.float32, holding: Holding = Holding()
+) -> Model:
     """The decoder of a config, computing in `compute_dtype`; parameters keep their own type."""
-    module = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype))
+    module = nnx.eval_shape(
+        lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype, holding=holding)
+    )
     graphdef, state = nnx.split(module)
     dims: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(state):
@@ -279,7 +262,7 @@ def make_model(config: DecoderConfig, compute_dtype: Any = jnp.float32) -> Model
         for part in path[:-1]:
             node = node.setdefault(str(part), {})
         node[str(path[-1])] = variable.get_metadata()["dims"]
-    return Model(config, graphdef, dims)
+    return Model(config, graphdef, dims, holding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,9 +271,9 @@ class FrozenModel:
 
     model: Model
     params: Params
-    """In the model's compute type."""
+    """In the model's compute type, or in int8."""
 
     @property
-    def kernel(self) -> jax.Array:
-        """The vocabulary head [D, V]."""
-        return self.model.bind(self.params).head_kernel()
+    def head(self) -> Head:
+        """The vocabulary head."""
+        return self.model.bind(self.params).output_head()

@@ -1,12 +1,13 @@
 """The model families by name. A family is a table of tensors and two readings of config.json."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from typing import Any
 
-from kdrl_jax.models import llama, qwen2
-from kdrl_jax.models.decoder import DecoderConfig
-from kdrl_jax.models.fields import Fields
+from kdrl_jax.models import gemma, llama, qwen2, qwen3
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.rope_fields import Fields
 from kdrl_jax.models.tensors import Row
 
 
@@ -20,12 +21,32 @@ class Family:
     config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
     tensors: tuple[Row, ...]
     """Safetensors names."""
-    gguf_tensors: tuple[Row, ...]
+    gguf_tensors: tuple[Row, ...] = ()
+    """GGUF names; empty where GGUF files of the family are not read."""
 
 
 FAMILIES = {
-    name: Family(name, it.ARCHITECTURE, it.config_from_hf, it.config_to_hf, it.TENSORS, it.GGUF_TENSORS)
-    for name, it in (("llama", llama), ("qwen2", qwen2))
+    family.name: family
+    for family in (
+        *(
+            Family(name, it.ARCHITECTURE, it.config_from_hf, it.config_to_hf, it.TENSORS, it.GGUF_TENSORS)
+            for name, it in (("llama", llama), ("qwen2", qwen2), ("qwen3", qwen3))
+        ),
+        Family(
+            "gemma2",
+            gemma.GEMMA2_ARCHITECTURE,
+            gemma.gemma2_from_hf,
+            gemma.gemma2_to_hf,
+            gemma.GEMMA2_TENSORS,
+        ),
+        Family(
+            "gemma3_text",
+            gemma.GEMMA3_ARCHITECTURE,
+            gemma.gemma3_from_hf,
+            gemma.gemma3_to_hf,
+            gemma.GEMMA3_TENSORS,
+        ),
+    )
 }
 
 
@@ -36,7 +57,10 @@ def family_named(name: str) -> Family:
         ValueError: naming the supported ones.
     """
     if name not in FAMILIES:
-        raise ValueError(f"model type {name!r} is not supported; use one of {', '.join(FAMILIES)}")
+        moe = " (mixture of experts)" if "moe" in name or name in ("mixtral", "gpt_oss", "dbrx") else ""
+        near = difflib.get_close_matches(name, FAMILIES, n=1)
+        hint = f"; the nearest that is: {near[0]}" if near and not moe else ""
+        raise ValueError(f"model type {name!r}{moe} is not supported{hint}; use one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

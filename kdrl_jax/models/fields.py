@@ -1,102 +1,131 @@
-"""Fields of a Hugging Face config.json that all families share."""
+"""Fields of a Hugging Face config.json that families share.
 
-from collections.abc import Mapping
+Every field is read, or known to leave the logits as they are, or refused by name: a field that nobody
+looks at is a model that is silently another one.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdrl_jax.models.decoder import DecoderConfig
-
-Fields = Mapping[str, Any]
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.rope import Rope
+from kdrl_jax.models.rope_fields import Fields, positive, rope_to_hf
 
 # Fields that change the computation -> the values that leave it as the decoder computes it. Null
-# always does. Fields that are not named anywhere here describe the file, the tokenizer or sampling.
+# always does.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "use_sliding_window": (False,),
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
-    "quantization_config": (),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "n_routed_experts": (0,),
     "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bidirectional_attention": (False,),
+    "is_causal": (True,),
+    "use_mrope": (False,),
+    "rope_interleaved": (False,),
+    "pruned_heads": ({},),
+    "chunk_size_feed_forward": (0,),
+    "tie_encoder_decoder": (False,),
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_num_experts")
+_READ = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "hidden_act",
+}
+# What describes the file, the tokenizer, training or sampling. Names that begin with an underscore or end
+# in `_token_id`, `_token_index` or `_version` are of this kind too.
+# fmt: off
+_DESCRIPTIVE = {
+    "architectures", "model_type", "dtype", "torch_dtype", "initializer_range", "use_cache",
+    "attention_dropout", "hidden_dropout", "output_attentions", "output_hidden_states", "return_dict",
+    "return_dict_in_generate", "output_scores", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "is_decoder", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params", "tokenizer_class", "prefix", "cache_implementation", "max_length", "min_length",
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "typical_p", "num_beams",
+    "num_beam_groups", "num_return_sequences", "early_stopping", "diversity_penalty", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "remove_invalid_values",
+    "max_sequence_length", "tokenizer_model_max_length", "model_max_length", "is_llama_config",
+    "unsloth_fixed", "transformers.js_config", "gradient_checkpointing", "num_logits_to_keep",
+    "logits_to_keep", "use_flash_attn", "use_flash_attention_2", "attn_implementation",
+}
+# fmt: on
 
 
-def _unsupported(fields: Fields, supported: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Every field with a value that the decoder does not compute, as `name=value`."""
-    found = [
-        f"{name}={fields[name]!r}"
-        for name, values in supported.items()
-        if fields.get(name) is not None and fields[name] not in values
-    ]
-    kinds = fields.get("layer_types") or []
-    windowed = sorted(set(map(str, kinds)) - {"full_attention"}) if isinstance(kinds, list) else kinds
-    if windowed:
-        found.append(f"layer_types with {windowed!r}")
-    found += [
-        f"{name}={fields[name]!r}"
-        for name in ("rope_scaling", "rope_parameters")
-        if fields.get(name) is not None and not _is_plain_rope(fields[name])
-    ]
-    return found
-
-
-def _is_plain_rope(rope: Any) -> bool:
-    """Whether RoPE settings say no more than the base: nothing scaled, every dimension turned."""
-    # `type` is the older spelling of `rope_type`.
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    return isinstance(rope, Mapping) and all(
-        name == "rope_theta" or value is None or plain.get(name) == value for name, value in rope.items()
+def _is_descriptive(name: str) -> bool:
+    return (
+        name in _DESCRIPTIVE
+        or name.startswith("_")
+        or name.endswith(("_token_id", "_token_ids", "_token_index", "_version"))
     )
 
 
-def _rope_theta(fields: Fields) -> float:
-    """The rotary base: top-level, or in `rope_parameters` as newer files write it."""
-    given = {
-        f"{outer}rope_theta": _number(f"{outer}rope_theta", inner["rope_theta"])
-        for outer, inner in (
-            ("", fields),
-            ("rope_scaling.", fields.get("rope_scaling") or {}),
-            ("rope_parameters.", fields.get("rope_parameters") or {}),
+def check_fields(fields: Fields, supported: Mapping[str, tuple[Any, ...]], read: Sequence[str]) -> None:
+    """Refuses every field with a value that the decoder does not compute.
+
+    Args:
+        supported: a family's own fields that change the computation, and the values it computes.
+        read: fields that the family reads itself.
+
+    Raises:
+        ValueError: naming them all.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    experts = [f"{name}={given[name]!r}" for name in _EXPERTS if given.get(name)]
+    if experts:
+        raise ValueError(f"{', '.join(experts)}: mixture of experts is not supported; use a dense model")
+    supported = _SUPPORTED | dict(supported)
+    wrong = [f"{n}={given[n]!r}" for n in supported if n in given and given[n] not in supported[n]]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} not supported; use a model without")
+    known = _READ | supported.keys() | set(read) | set(_EXPERTS)
+    # What is off, empty or zero asks for nothing.
+    strange = [f"{n}={v!r}" for n, v in given.items() if v and n not in known and not _is_descriptive(n)]
+    if strange:
+        raise ValueError(
+            f"{', '.join(strange)} is not known here, and may change what the model computes; if it does "
+            "not, take it out of config.json"
         )
-        if inner.get("rope_theta") is not None
-    }
-    if len(set(given.values())) > 1:
-        shown = " and ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ValueError(f"{shown} contradict each other; keep the one the model was trained with")
-    return next(iter(given.values()), 10000.0)
 
 
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"{name}={value!r}; it has to be a positive number")
-    return float(value)
-
-
-def _size(fields: Fields, name: str) -> int:
+def size(fields: Fields, name: str) -> int:
+    """A positive integer; raises ValueError with the name and value of anything else."""
     value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}; it has to be a positive integer")
     return value
 
 
-def decoder_config(
-    fields: Fields, *, qkv_bias: bool, supported: Mapping[str, tuple[Any, ...]] | None = None
-) -> DecoderConfig:
-    """The decoder that a config.json describes.
+def with_defaults(fields: Fields, **defaults: Any) -> dict[str, Any]:
+    """The fields, with a family's own values for those that a file leaves out."""
+    return defaults | {name: value for name, value in fields.items() if value is not None}
+
+
+def decoder_config(fields: Fields, *, rope: Rope, **features: Any) -> DecoderConfig:
+    """The decoder that a config.json describes; `check_fields` has accepted it.
 
     Args:
         fields: config.json.
-        qkv_bias: whether the family adds biases to queries, keys and values.
-        supported: the family's own fields that change the computation, and their supported values.
+        features: fields of `DecoderConfig` that the family decides.
 
     Raises:
-        ValueError: naming every field with a value that is not supported, or one that does not fit.
+        ValueError: naming a field with a value that does not fit.
     """
-    unsupported = _unsupported(fields, _SUPPORTED | dict(supported or {}))
-    if unsupported:
-        raise ValueError(f"{', '.join(unsupported)} not supported; use a model without")
-    embed_dim, num_heads = _size(fields, "hidden_size"), _size(fields, "num_attention_heads")
+    embed_dim, num_heads = size(fields, "hidden_size"), size(fields, "num_attention_heads")
     if fields.get("head_dim") is None and embed_dim % num_heads:
         raise ValueError(
             f"hidden_size={embed_dim} is not a multiple of num_attention_heads={num_heads} and there is "
@@ -106,18 +135,18 @@ def decoder_config(
     if not isinstance(tied, bool):
         raise ValueError(f"tie_word_embeddings={tied!r}; it has to be true or false")
     config = DecoderConfig(
-        vocab_size=_size(fields, "vocab_size"),
+        vocab_size=size(fields, "vocab_size"),
         embed_dim=embed_dim,
-        mlp_dim=_size(fields, "intermediate_size"),
-        num_layers=_size(fields, "num_hidden_layers"),
+        mlp_dim=size(fields, "intermediate_size"),
+        num_layers=size(fields, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=_size(fields, "num_key_value_heads"),
-        head_dim=embed_dim // num_heads if fields.get("head_dim") is None else _size(fields, "head_dim"),
-        rope_theta=_rope_theta(fields),
-        norm_eps=_number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
+        num_kv_heads=size(fields, "num_key_value_heads"),
+        head_dim=embed_dim // num_heads if fields.get("head_dim") is None else size(fields, "head_dim"),
+        rope=rope,
+        norm_eps=positive("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
         tie_embeddings=tied,
-        qkv_bias=qkv_bias,
-        max_positions=_size(fields, "max_position_embeddings"),
+        max_positions=size(fields, "max_position_embeddings"),
+        **features,
     )
     if num_heads % config.num_kv_heads:
         raise ValueError(
@@ -127,6 +156,39 @@ def decoder_config(
     if config.head_dim % 2:
         raise ValueError(f"head_dim={config.head_dim} is odd, and RoPE turns pairs; correct it")
     return config
+
+
+def sliding_fields(fields: Fields, default: Sequence[bool], window: Any) -> dict[str, Any]:
+    """`sliding_window` and `sliding_layers` of a `DecoderConfig`.
+
+    Args:
+        default: which layers slide where `layer_types` does not say.
+        window: positions that a sliding layer sees; read only if one slides.
+
+    Raises:
+        ValueError: layer types that are not supported, or do not fit the layers or the window.
+    """
+    num_layers = size(fields, "num_hidden_layers")
+    kinds = fields.get("layer_types")
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise ValueError(f"layer_types={kinds!r} does not name {num_layers} layers; correct it")
+        strange = sorted({repr(kind) for kind in kinds if kind not in known})
+        if strange:
+            raise ValueError(f"layer_types with {', '.join(strange)} not supported; use a model without")
+        default = [kind == "sliding_attention" for kind in kinds]
+    if not any(default):
+        return {}
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"sliding_window={window!r}, but layers slide; it has to be a positive integer")
+    return {"sliding_window": window, "sliding_layers": tuple(default)}
+
+
+def hf_layer_types(config: DecoderConfig) -> list[str]:
+    """`layer_types` of config.json."""
+    slides = config.sliding_layers or (False,) * config.num_layers
+    return ["sliding_attention" if s else "full_attention" for s in slides]
 
 
 def hf_fields(config: DecoderConfig) -> dict[str, Any]:
@@ -139,9 +201,8 @@ def hf_fields(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_positions,
+        **rope_to_hf(config.rope),
     }

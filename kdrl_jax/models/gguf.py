@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrl_jax.models.decoder import DecoderConfig
+from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.families import Family, family_named
 from kdrl_jax.models.tensors import Shape
 
@@ -91,6 +91,8 @@ class GGUFFile:
         architecture = self._fields.get("general.architecture")
         try:
             family = family_named(str(architecture.contents() if architecture else None))
+            if not family.gguf_tensors:
+                raise ValueError(f"GGUF files of {family.name} are not read; use its Hugging Face folder")
             return family, self._decoder_config(family)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from error

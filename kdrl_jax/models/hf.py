@@ -9,7 +9,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16, by which safet
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from kdrl_jax.models.decoder import DecoderConfig
+from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.families import Family, family_of
 from kdrl_jax.models.tensors import Shape
 
@@ -41,7 +41,7 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
         ValueError: naming the file and each field that is not supported.
     """
     path = folder / "config.json"
-    fields = read_json(path)
+    fields = _text_model(read_json(path))
     try:
         family = family_of(fields)
         return family, family.config_from_hf(fields)
@@ -49,21 +49,49 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _text_model(fields: dict[str, Any]) -> dict[str, Any]:
+    """The part of a Gemma 3 with vision that describes its text model."""
+    if fields.get("model_type") != "gemma3" or not isinstance(fields.get("text_config"), dict):
+        return fields
+    text = {"model_type": "gemma3_text"} | fields["text_config"]
+    outer = fields.get("quantization_config")
+    return text | ({"quantization_config": outer} if outer else {})
+
+
+def _text_name(name: str) -> str | None:
+    """The name that a tensor has in a folder of the text model alone; None for what is not part of it.
+
+    A Gemma 3 with vision keeps its text model below `language_model.` (published files) or below
+    `model.language_model.` (those that newer libraries write).
+    """
+    plain = name.removeprefix("model.")
+    if plain.startswith(("vision_tower.", "multi_modal_projector.")):
+        return None
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("language_model.")
+
+
 class SafetensorsFolder:
-    """The tensors of a folder; opening it reads headers only."""
+    """The tensors of a folder; opening it reads headers only.
+
+    A file is mapped into memory only while one tensor is read, so that what was read is given back.
+    """
 
     def __init__(self, folder: Path):
         """Raises ValueError if files are absent, not whole, or not of floating type."""
         self.where = str(folder)
-        # A reader maps its file into memory; the system keeps only the pages in use.
-        self._readers: dict[str, Any] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, Shape] = {}
         types: dict[str, str] = {}
         for path in _shards(folder):
             reader = _open(path)
-            for name in reader.keys():  # noqa: SIM118  (not a dict)
-                tensor = reader.get_slice(name)
-                self._readers[name] = reader
+            for stored in reader.keys():  # noqa: SIM118  (not a dict)
+                name = _text_name(stored)
+                if name is None:
+                    continue
+                tensor = reader.get_slice(stored)
+                self._places[name] = (path, stored)
                 self._shapes[name] = tuple(tensor.get_shape())
                 types[name] = tensor.get_dtype()
         quantised = [f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS]
@@ -78,7 +106,8 @@ class SafetensorsFolder:
         return self._shapes
 
     def read(self, name: str) -> np.ndarray:
-        return self._readers[name].get_tensor(name)
+        path, stored = self._places[name]
+        return _open(path).get_tensor(stored)
 
 
 def _open(path: Path) -> Any:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kdrl_jax.models.decoder import DecoderConfig
-from kdrl_jax.models.fields import Fields, decoder_config, hf_fields
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.fields import check_fields, decoder_config, hf_fields, with_defaults
+from kdrl_jax.models.rope_fields import Fields, rope_from_hf
 from kdrl_jax.models.tensors import Row
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -43,20 +44,19 @@ GGUF_TENSORS: tuple[Row, ...] = (
 
 def config_from_hf(fields: Fields) -> DecoderConfig:
     """A decoder config from config.json; raises ValueError naming what is not supported."""
-    if fields.get("num_key_value_heads") is None:
-        # Files from before grouped queries leave it out.
-        fields = {**fields, "num_key_value_heads": fields.get("num_attention_heads")}
-    supported = {"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": ()}
-    return decoder_config(fields, qkv_bias=False, supported=supported)
+    # Files from before grouped queries leave the number of key heads out.
+    fields = with_defaults(fields, num_key_value_heads=fields.get("num_attention_heads"))
+    check_fields(fields, {"hidden_act": ("silu", "swish"), "sliding_window": ()}, read=())
+    return decoder_config(fields, rope=rope_from_hf(fields))
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a decoder config."""
-    assert not config.qkv_bias, "Llama has no biases"
     return {
         "model_type": "llama",
         "architectures": [ARCHITECTURE],
         **hf_fields(config),
+        "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
     }

@@ -6,25 +6,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from kdrl_jax.config import ArchitectureConfig, ModelConfig
 from kdrl_jax.models import tensors
-from kdrl_jax.models.decoder import DecoderConfig
+from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.families import Family, family_named
 from kdrl_jax.models.gguf import GGUFFile
 from kdrl_jax.models.hf import SafetensorsFolder, read_config
-from kdrl_jax.models.tensors import Put, Row, TensorFile
+from kdrl_jax.models.tensors import Row, TensorFile
 from kdrl_jax.types import Params
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights, configs and whatever tokenizers are made of; nothing from subfolders.
 _HUB_FILES = ["*.json", "model*.safetensors", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
-
-
-def _to_device(path: str, leaf: np.ndarray) -> jax.Array:
-    return jax.numpy.asarray(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +29,25 @@ class ModelSource:
     family: Family
     tokenizer_path: str | None
     """The folder or .gguf file whose tokenizer belongs to the model; None for random weights."""
-    _load: Callable[[Put], Params] | None
+    _load: Callable[[Params], Params] | None
 
     @property
     def has_weights(self) -> bool:
         """False for random weights, which `models.decoder.Model.init` makes."""
         return self._load is not None
 
-    def load(self, put: Put = _to_device) -> Params:
-        """Reads the parameters, one stacked leaf at a time.
+    def load(self, abstract: Params) -> Params:
+        """Reads the parameters, one tensor at a time, straight into their place on the devices.
 
         Args:
-            put: `(path, array) -> jax.Array`, called once per leaf with its dotted path, such as
-                `layers.attn.q`, and its float32 host array; chooses type and sharding.
+            abstract: shape, type and sharding (None: the default device) of each leaf; int8 leaves are
+                quantised as they arrive. Leaves that a file cannot have (adapters) are left out.
 
         Raises:
-            ValueError: naming every tensor that is missing, unexpected, misshapen or not finite.
+            ValueError: naming every tensor that is not finite.
         """
         assert self._load is not None, "a model with `architecture` has no weights to load"
-        return self._load(put)
+        return self._load(abstract)
 
 
 def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSource:
@@ -98,7 +91,7 @@ def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSourc
 def _from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> ModelSource:
     family = family_named(architecture.family)
     # Its field names are config.json's.
-    fields = architecture.model_dump() | {
+    fields = architecture.model_dump(exclude={"family"}) | {
         "vocab_size": vocab_size,
         "max_position_embeddings": DecoderConfig.max_positions,
     }
@@ -123,17 +116,22 @@ def _source(
     family: Family, table: tuple[Row, ...], whole: DecoderConfig, file: TensorFile, config: ModelConfig
 ) -> ModelSource:
     """Checks names and shapes now, so that a wrong file is reported before anything is compiled."""
-    tensors.check(table, whole, file)
+    found = tensors.problems(table, whole, file)
+    if found:
+        raise ValueError(
+            f"{file.where}: {'; '.join(found)}. These weights do not fit their config: "
+            "get both from one place, or another model"
+        )
     layers = config.layer_indices() or tuple(range(whole.num_layers))
     if layers[-1] >= whole.num_layers:
         raise ValueError(
             f"keep_layers names layer {layers[-1]}, but {file.where} has layers 0-{whole.num_layers - 1}"
         )
 
-    def load(put: Put) -> Params:
-        return tensors.load(table, whole, file, layers, put)
+    def load(abstract: Params) -> Params:
+        return tensors.load(table, whole, file, layers, abstract)
 
-    return ModelSource(dataclasses.replace(whole, num_layers=len(layers)), family, file.where, load)
+    return ModelSource(whole.keep(layers), family, file.where, load)
 
 
 def _check_sha256(path: Path, expected: str) -> None:
@@ -148,6 +146,13 @@ def _check_sha256(path: Path, expected: str) -> None:
 def _download(name: str) -> Path:
     import huggingface_hub
 
+    try:
+        # A model that is not supported is refused by its config, before its weights are fetched.
+        config = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except Exception:  # No config, no network or no such name: said below, or a folder of GGUF files.
+        config = None
+    if config is not None:
+        read_config(config.parent)
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
     except Exception as error:  # The client raises its own, its HTTP library's and the system's errors.

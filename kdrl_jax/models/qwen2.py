@@ -3,8 +3,17 @@
 from typing import Any
 
 from kdrl_jax.models import llama
-from kdrl_jax.models.decoder import DecoderConfig
-from kdrl_jax.models.fields import Fields, decoder_config, hf_fields
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.fields import (
+    check_fields,
+    decoder_config,
+    hf_fields,
+    hf_layer_types,
+    size,
+    sliding_fields,
+    with_defaults,
+)
+from kdrl_jax.models.rope_fields import Fields, rope_from_hf
 from kdrl_jax.models.tensors import Row
 
 ARCHITECTURE = "Qwen2ForCausalLM"
@@ -27,17 +36,38 @@ GGUF_TENSORS: tuple[Row, ...] = (
 )
 
 
+def qwen_config(fields: Fields, **features: Any) -> DecoderConfig:
+    """What Qwen2 and Qwen3 read alike: with `use_sliding_window`, layers from `max_window_layers` on
+    slide, unless `layer_types` says which."""
+    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    fields = with_defaults(fields, num_key_value_heads=fields.get("num_attention_heads"))
+    own = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    check_fields(fields, {"hidden_act": ("silu", "swish")}, read=own)
+    first = fields.get("max_window_layers", 28)
+    default = [window is not None and i >= first for i in range(size(fields, "num_hidden_layers"))]
+    sliding = sliding_fields(fields, default, window)
+    return decoder_config(fields, rope=rope_from_hf(fields), **sliding, **features)
+
+
+def qwen_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The fields of config.json that Qwen2 and Qwen3 write alike."""
+    slides = any(config.sliding_layers)
+    return {
+        **hf_fields(config),
+        "hidden_act": "silu",
+        "use_sliding_window": slides,
+        "sliding_window": config.sliding_window,
+        # Older readers know this one only; it says the same where the last layers slide.
+        "max_window_layers": config.sliding_layers.index(True) if slides else config.num_layers,
+        "layer_types": hf_layer_types(config),
+    }
+
+
 def config_from_hf(fields: Fields) -> DecoderConfig:
     """A decoder config from config.json; raises ValueError naming what is not supported."""
-    return decoder_config(fields, qkv_bias=True)
+    return qwen_config(fields, qkv_bias=True)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """The config.json of a decoder config."""
-    assert config.qkv_bias, "Qwen2 has biases on q, k and v"
-    return {
-        "model_type": "qwen2",
-        "architectures": [ARCHITECTURE],
-        **hf_fields(config),
-        "use_sliding_window": False,
-    }
+    return {"model_type": "qwen2", "architectures": [ARCHITECTURE], **qwen_fields(config)}

@@ -8,20 +8,21 @@ the factors of H.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from kdrl_jax.models.decoder import DecoderConfig
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.quantize import quantize, summed_axes
 from kdrl_jax.types import Params
 
 Row = tuple[str, str, str]
 Shape = tuple[int, ...]
-Put = Callable[[str, np.ndarray], jax.Array]
-"""Takes a leaf's path (`layers.attn.q`) and its float32 array; returns it on the devices."""
 
 # Buffers that old checkpoints carry and that follow from the config.
 _HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -43,16 +44,7 @@ class TensorFile(Protocol):
 
 
 def _sizes(config: DecoderConfig) -> dict[str, int]:
-    return {
-        "V": config.vocab_size,
-        "D": config.embed_dim,
-        "F": config.mlp_dim,
-        "N": config.num_heads,
-        "K": config.num_kv_heads,
-        "H": config.head_dim,
-        "half": config.head_dim // 2,
-        "two": 2,
-    }
+    return config.sizes | {"half": config.head_dim // 2, "two": 2}
 
 
 def _shape(side: str, sizes: Mapping[str, int]) -> Shape:
@@ -91,11 +83,11 @@ def _collapse(names: Iterable[str]) -> str:
     return ", ".join(written)
 
 
-def check(table: Sequence[Row], config: DecoderConfig, file: TensorFile) -> None:
-    """Compares the names and shapes in the file with what the config asks for.
+def problems(table: Sequence[Row], config: DecoderConfig, file: TensorFile) -> list[str]:
+    """What keeps the tensors of a file from being those that its config asks for; empty if nothing does.
 
-    Raises:
-        ValueError: naming every missing, unexpected and misshapen tensor.
+    Compares names and shapes, and only where these do not fit reads the tensors too, so that everything
+    that is wrong with a file is said at once.
     """
     sizes = _sizes(config)
     expected: dict[str, Shape] = {}
@@ -118,52 +110,125 @@ def check(table: Sequence[Row], config: DecoderConfig, file: TensorFile) -> None
         shown = (f"{_collapse(names)} is {difference}" for difference, names in differences.items())
         parts.append(f"wrong shapes: {', '.join(shown)}")
     if parts:
-        raise ValueError(
-            f"{file.where}: {'; '.join(parts)}. These weights do not fit their config: "
-            "get both from one place, or another model"
-        )
+        found = [name for name in file.shapes if not np.isfinite(file.read(name)).all()]
+        parts += [_not_finite(found)] if found else []
+    return parts
+
+
+def _not_finite(names: Iterable[str]) -> str:
+    return f"NaN or infinity in {_collapse(names)}"
 
 
 def load(
-    table: Sequence[Row], config: DecoderConfig, file: TensorFile, layers: Sequence[int], put: Put
+    table: Sequence[Row],
+    config: DecoderConfig,
+    file: TensorFile,
+    layers: Sequence[int],
+    abstract: Params,
 ) -> Params:
-    """Reads the kept layers leaf by leaf; host memory stays near one stacked float32 leaf.
+    """Reads the kept layers, tensor by tensor, straight into their place on the devices.
+
+    The host holds one tensor at a time; a stacked leaf is filled in place, layer after layer. A leaf that
+    `abstract` wants in int8 is quantised on the device as it arrives, and its scales are returned too.
 
     Args:
-        config: of the whole file, before layers are cut; `check` has accepted it.
+        config: of the whole file, before layers are cut; `problems` has found none.
         layers: the layers to keep, in order.
-        put: called once per leaf.
+        abstract: the type and sharding of each leaf; leaves that the table lacks are left out.
 
     Raises:
         ValueError: naming every tensor that holds NaN or infinity.
     """
-    sizes = _sizes(config)
     params: Params = {}
-    bad: list[str] = []
-    for row in _used(table, config):
+    finite: list[tuple[str, jax.Array]] = []
+    # What is not stacked is largest, and comes while little else is there.
+    for row in sorted(_used(table, config), key=lambda row: "{}" in row[0]):
         names = _names(row, config)
+        leaf, scale = find(abstract, row[1]), find(abstract, f"{row[1]}_scale")
         stacked = "{}" in row[0]
-        if stacked:
-            names = [names[layer] for layer in layers]
-        leaf = np.empty((len(names), *_shape(row[2].split("->")[1], sizes)), np.float32)
-        for one, name in zip(leaf, names, strict=True):
-            one[...] = _rearrange(file.read(name), row[2], sizes)
-            if not np.isfinite(one).all():
-                bad.append(name)
-        _insert(params, row[1], put(row[1], leaf if stacked else leaf[0]))
-        del leaf
+        place = _Place(leaf, scale, stacked, summed_axes(row[1]))
+        for i, name in enumerate([names[layer] for layer in layers] if stacked else names):
+            if finite:
+                # The device must not fall behind, or tensors would pile up on the host.
+                finite[-1][1].block_until_ready()
+            finite.append((name, place.write(i, _rearrange(file.read(name), row[2], _sizes(config)))))
+        _insert(params, row[1], place.leaf)
+        if place.scale is not None:
+            _insert(params, f"{row[1]}_scale", place.scale)
+    bad = [name for name, flag in finite if not flag]
     if bad:
-        raise ValueError(f"{file.where}: NaN or infinity in {_collapse(bad)}; get the file again")
+        raise ValueError(f"{file.where}: {_not_finite(bad)}; get the file again")
     return params
+
+
+class _Place:
+    """Where the tensors of one leaf go: its buffer on the devices, and that of its scales."""
+
+    def __init__(
+        self,
+        leaf: jax.ShapeDtypeStruct,
+        scale: jax.ShapeDtypeStruct | None,
+        stacked: bool,
+        axes: tuple[int, ...],
+    ):
+        self._stacked = stacked
+        self._tensor_sharding = _without_layers(leaf.sharding) if stacked else leaf.sharding
+        self._axes = axes if scale is not None else None
+        wanted = (leaf,) if scale is None else (leaf, scale)
+        shardings = tuple(x.sharding for x in wanted)
+        self._buffers = jax.jit(
+            lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in wanted), out_shardings=shardings
+        )()
+        self._write = jax.jit(
+            _fill, static_argnames="axes", donate_argnums=0, out_shardings=(shardings, None)
+        )
+
+    @property
+    def leaf(self) -> jax.Array:
+        return self._buffers[0]
+
+    @property
+    def scale(self) -> jax.Array | None:
+        return self._buffers[1] if len(self._buffers) > 1 else None
+
+    def write(self, i: int, tensor: np.ndarray) -> jax.Array:
+        """Puts the tensor at index i along L (or in place of all); returns whether it is finite."""
+        sharding = self._tensor_sharding
+        if sharding is None:
+            placed = jnp.asarray(tensor)
+        else:
+            # Each device gets its part of the host's array, which is a view of what was read.
+            placed = jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
+        at = i if self._stacked else None
+        self._buffers, finite = self._write(self._buffers, placed, at, axes=self._axes)
+        return finite
+
+
+def _fill(
+    buffers: tuple[jax.Array, ...],
+    tensor: jax.Array,
+    at: jax.Array | None,
+    axes: tuple[int, ...] | None,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    new: tuple[jax.Array, ...] = (tensor,) if axes is None else quantize(tensor, axes)
+    new = tuple(x.astype(buffer.dtype) for x, buffer in zip(new, buffers, strict=True))
+    if at is not None:
+        new = tuple(buffer.at[at].set(x) for buffer, x in zip(buffers, new, strict=True))
+    return new, jnp.isfinite(tensor).all()
+
+
+def _without_layers(sharding: Any) -> Any:
+    """The sharding of one layer's tensor in a leaf that stacks them."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
 
 
 def export(table: Sequence[Row], config: DecoderConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters as the file's tensors, one at a time, in their own type and contiguous."""
     sizes = _sizes(config)
     for row in _used(table, config):
-        leaf: Any = params
-        for part in row[1].split("."):
-            leaf = leaf[part]
+        leaf = find(params, row[1])
         source, target = row[2].split("->")
         for i, name in enumerate(_names(row, config)):
             tensor = np.asarray(leaf[i] if "{}" in row[0] else leaf)
@@ -173,6 +238,14 @@ def export(table: Sequence[Row], config: DecoderConfig, params: Params) -> Itera
 def _rearrange(tensor: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
     letters = set(re.findall(r"\w+", pattern))
     return einops.rearrange(tensor, pattern, **{k: v for k, v in sizes.items() if k in letters})
+
+
+def find(params: Params, path: str) -> Any:
+    """The leaf at a dotted path, or None."""
+    leaf: Any = params
+    for part in path.split("."):
+        leaf = leaf.get(part) if isinstance(leaf, dict) else None
+    return leaf
 
 
 def _insert(params: Params, path: str, leaf: Any) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdrl_jax import sharding
 from kdrl_jax.models.decoder import KVCache, Model
-from kdrl_jax.models.head import head_logits
+from kdrl_jax.models.head import Head, head_logits
 from kdrl_jax.rollout.sampling import SamplerSettings, row_keys, sample
 from kdrl_jax.types import Params, Prompts, Rollouts
 
@@ -131,9 +131,9 @@ class Engine:
         ended = _ends(carry, s.end_ids)
         return Rollouts(carry.tokens_BT, carry.prompt_lengths_B, carry.counts_B, ended, carry.logprobs_BT)
 
-    def _logits(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _logits(self, hidden: jax.Array, head: Head) -> jax.Array:
         return head_logits(
-            hidden, kernel, num_tokens=self.settings.num_tokens, temperature=self.settings.sampler.temperature
+            hidden, head, num_tokens=self.settings.num_tokens, temperature=self.settings.sampler.temperature
         )
 
     def _prefill(
@@ -142,7 +142,7 @@ class Engine:
         s, g = self.settings, self.settings.group_size
         decoder = self.model.bind(params)
         hidden_PD, cache = decoder.prefill(tokens_PT, lengths_P)
-        logits = jnp.repeat(self._logits(hidden_PD, decoder.head_kernel()), g, axis=0)
+        logits = jnp.repeat(self._logits(hidden_PD, decoder.output_head()), g, axis=0)
 
         def spread(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
             """A prompt's row for each of its samples, with room for their completions at axis + 1."""
@@ -189,7 +189,7 @@ class Engine:
     def _decode_chunk(self, params: Params, carry: Carry) -> tuple[Carry, jax.Array, jax.Array]:
         s = self.settings
         decoder = self.model.bind(params)
-        kernel = decoder.head_kernel()
+        head = decoder.output_head()
         sizes = jnp.asarray(windows(carry.tokens_BT.shape[1]))
         last = carry.steps + s.decode_chunk
 
@@ -204,7 +204,7 @@ class Engine:
             ]
             which = jnp.sum(needed > sizes)
             hidden, cache = jax.lax.switch(which, branches, tokens, at, carry.cache)
-            carry = self._append(carry, self._logits(hidden, kernel), cache)
+            carry = self._append(carry, self._logits(hidden, head), cache)
             return dataclasses.replace(carry, steps=carry.steps + 1)
 
         carry = jax.lax.while_loop(lambda c: ~c.done_B.all() & (c.steps < last), step, carry)

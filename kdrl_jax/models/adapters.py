@@ -1,0 +1,66 @@
+"""LoRA adapters as a part of a model's parameters: taken apart, put together, merged into the weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kdrl_jax.models.block import READS_AND_WRITES, LoRA
+from kdrl_jax.types import Params
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """(adapters, everything else), as two trees; a model without adapters gives ({}, params)."""
+    adapters: Params = {}
+    rest: Params = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            inner, outer = split(value)
+            if inner:
+                adapters[name] = inner
+            if outer:
+                rest[name] = outer
+        elif name.endswith(("_lora_a", "_lora_b")):
+            adapters[name] = value
+        else:
+            rest[name] = value
+    return adapters, rest
+
+
+def overlay(base: Params, top: Params) -> Params:
+    """One tree of both; a leaf of `top` stands over one of `base`. Leaves are not copied."""
+    merged: dict[str, Any] = dict(base)
+    for name, value in top.items():
+        inner = merged.get(name)
+        merged[name] = overlay(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def merge(params: Params, lora: LoRA) -> Params:
+    """The parameters of the model without adapters that computes the same: W + alpha / rank * A B.
+
+    Each weight is summed in float32 and returned in its own type; compiled leaf by leaf, so that no second
+    model is held.
+    """
+    adapters, base = split(params)
+
+    def walk(base: Params, adapters: Params) -> Params:
+        out: dict[str, Any] = {}
+        for name, value in base.items():
+            a, b = adapters.get(f"{name}_lora_a"), adapters.get(f"{name}_lora_b")
+            if isinstance(value, dict):
+                out[name] = walk(value, adapters.get(name, {}))
+            elif a is None or b is None:
+                out[name] = value
+            else:
+                add = jax.jit(_add, static_argnums=(3, 4), out_shardings=value.sharding)
+                out[name] = add(value, a, b, name, lora.scale)
+        return out
+
+    return walk(base, adapters)
+
+
+def _add(weight: jax.Array, a: jax.Array, b: jax.Array, name: str, scale: float) -> jax.Array:
+    reads, writes = (dims.lower().replace(" ", "") for dims in READS_AND_WRITES[name])
+    product = jnp.einsum(f"l{reads}r,lr{writes}->l{reads}{writes}", a, b, precision="highest")
+    return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)
