@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,16 @@ from jax.sharding import Mesh
 from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
-from kdrl_jax.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
+from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, Model, make_model
 from kdrl_jax.models.load import ModelSource, open_model
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
+from kdrl_jax.pairing import Side, compare
 from kdrl_jax.rollout.engine import Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.runs import Role, run_of
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.types import Params, TrainState
-
-Role = Literal["student", "teacher"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,16 @@ class Setup:
     optimizer: optax.GradientTransformation
     init_student: Callable[[], Params]
     """The student as the config starts it (float32 master weights)."""
+    num_tokens: int
+    """Ids that are sampled and scored; see `pairing.Pairing`."""
+    notes: tuple[str, ...]
+    """What the comparison of the models found worth knowing, a line each."""
 
     @property
     def head(self) -> HeadSettings:
         c = self.config
         return HeadSettings(
-            num_tokens=self.tokenizer.vocab_size,
+            num_tokens=self.num_tokens,
             temperature=c.rollout.temperature,
             chunk=c.train.head_chunk,
             max_new_tokens=c.rollout.max_new_tokens,
@@ -66,7 +70,7 @@ class Setup:
             group_size=group_size,
             max_prompt_tokens=c.data.max_prompt_tokens,
             max_new_tokens=c.rollout.max_new_tokens,
-            num_tokens=t.vocab_size,
+            num_tokens=self.num_tokens,
             end_ids=t.end_ids,
             pad_id=t.pad_id,
             decode_chunk=c.rollout.decode_chunk,
@@ -109,12 +113,17 @@ def make_setup(config: Config) -> Setup:
     tokenizer_of = {role: finder.own_tokenizer(config, role) for role in _roles(config)}
     tokenizer = _choose_tokenizer(config, finder, tokenizer_of)
     found = {role: finder.find(config, role, tokenizer.vocab_size) for role in _roles(config)}
-    for role, own in tokenizer_of.items():
-        if own is not None and own is not tokenizer:
-            pair = (tokenizer, own) if role == "teacher" else (own, tokenizer)
-            check_same_vocabulary(*pair, same_end=config.kd.end_token)
-    for role, files in found.items():
-        _check_fits(config, role, files.config, tokenizer)
+    pairing = compare(
+        tokenizer,
+        [Side(role, found[role].config, own) for role, own in tokenizer_of.items()],
+        same_end=config.kd.end_token,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        prompt_template=config.data.prompt_template,
+        chat=config.tokenizer.chat_template,
+    )
+    if pairing.problems:
+        raise ValueError("; and ".join(pairing.problems))
+    # Nothing of either model is read, or on a device, before here.
     student = make_model(found["student"].config, _dtype(config.student))
     teacher = None
     if config.teacher is not None:
@@ -129,16 +138,9 @@ def make_setup(config: Config) -> Setup:
         teacher=teacher,
         optimizer=make_optimizer(config.optimizer),
         init_student=lambda: _load(found["student"], student, mesh, jnp.float32, config.seed),
+        num_tokens=pairing.num_tokens,
+        notes=pairing.notes,
     )
-
-
-def run_of(config: Config, role: Role) -> Path | None:
-    """The run directory that a model with `run` comes from: the one named, or inside this run."""
-    model = config.student if role == "student" else config.teacher
-    if model is None or model.run is None:
-        return None
-    named = Path(model.run)
-    return named if named.is_dir() else Path(config.run_dir) / role
 
 
 def _roles(config: Config) -> list[Role]:
@@ -274,17 +276,3 @@ def check_mesh(config: Config) -> Mesh:
                 "or give devices to mesh.tensor"
             )
     return mesh
-
-
-def _check_fits(config: Config, role: Role, decoder: DecoderConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the {role} has rows for "
-            f"{decoder.vocab_size}: it is not this model's tokenizer"
-        )
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > decoder.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the {role} was made for "
-            f"{decoder.max_positions} positions; lower one of them"
-        )
