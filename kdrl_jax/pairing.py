@@ -60,6 +60,16 @@ class Pairing:
     notes: tuple[str, ...]
     """What someone who knows it may want to change."""
 
+    def require(self) -> "Pairing":
+        """Itself, if there are no problems.
+
+        Raises:
+            ValueError: all problems, in one line.
+        """
+        if self.problems:
+            raise ValueError("; and ".join(self.problems))
+        return self
+
 
 def compare(
     used: Tokenizer,
@@ -163,15 +173,15 @@ def _num_needed(tokenizer: Tokenizer) -> int:
     return 1 + max(next(meaning, 0), tokenizer.pad_id, *tokenizer.end_ids)
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    special = set(tokenizer.special_strings)
-    return frozenset(i for i, s in enumerate(tokenizer.token_strings()) if s in special)
+def _silent_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that `decode` leaves out."""
+    return tokenizer.special_ids | set(tokenizer.end_ids)
 
 
 def _special_notes(a: _Named, b: _Named, used: str) -> Iterator[str]:
     """Tokens that only one of two tokenizers of one vocabulary treats as control tokens."""
     strings = max(a[1].token_strings(), b[1].token_strings(), key=len)
-    kinds = [(a[0], _special_ids(a[1])), (b[0], _special_ids(b[1]))]
+    kinds = [(a[0], _silent_ids(a[1])), (b[0], _silent_ids(b[1]))]
     for (name, ids), (other, others) in (kinds, kinds[::-1]):
         only = [i for i in sorted(ids - others) if not NO_MEANING.fullmatch(strings[i])]
         if only:
@@ -205,7 +215,8 @@ def _reading_notes(used: _Named, other: _Named, template: str, chat: ChatMode) -
     if rest == other_rest:
         yield (
             f"prompts begin with {bos} as the {used[0]} has it, which is used; the {other[0]}'s own "
-            f"tokenizer begins them with {other_bos}. add_bos_token in tokenizer_config.json decides"
+            f"tokenizer begins them with {other_bos}. add_bos_token in tokenizer_config.json decides, or the "
+            "chat template"
         )
         return
     at = max(0, _first_difference(*written) - 10)
@@ -249,7 +260,7 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """`decode`, with the tokens it leaves out written as well."""
-    silent = _special_ids(tokenizer) | set(tokenizer.end_ids)
+    silent = _silent_ids(tokenizer) | set(tokenizer.end_ids)
     strings = tokenizer.token_strings()
     text, run = "", list[int]()
     for i in ids:

@@ -120,9 +120,7 @@ def make_setup(config: Config) -> Setup:
         longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         prompt_template=config.data.prompt_template,
         chat=config.tokenizer.chat_template,
-    )
-    if pairing.problems:
-        raise ValueError("; and ".join(pairing.problems))
+    ).require()
     # Nothing of either model is read, or on a device, before here.
     student = make_model(found["student"].config, _dtype(config.student))
     teacher = None
