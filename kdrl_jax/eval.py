@@ -29,6 +29,8 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
     if not config.data.eval:
         raise ValueError("data.eval names no source; add held-out questions to evaluate on")
     setup = make_setup(config)
+    for line in setup.notes:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     params, step = _params(setup, config.run_dir if is_run else None)
     c = config
     with (

@@ -1,9 +1,12 @@
 """Run directories: whether one is done, goes on with the same settings, or needs other runs first."""
 
 from pathlib import Path
+from typing import Literal
 
 from kdrl_jax.config import Config, differences, load_config, load_run_config
 from kdrl_jax.metrics import read_json
+
+Role = Literal["student", "teacher"]
 
 
 def is_complete(config: Config) -> bool:
@@ -26,6 +29,15 @@ def prerequisites(config: Config) -> list[Config]:
             raise FileNotFoundError(f"{role}.run={model.run}: no such config file or run directory")
         found.append(load_config(source, fixed={"seed": config.seed, "log": {"dir": str(directory)}}))
     return found
+
+
+def run_of(config: Config, role: Role) -> Path | None:
+    """The run directory that a model with `run` comes from: the one named, or inside this run."""
+    model = config.student if role == "student" else config.teacher
+    if model is None or model.run is None:
+        return None
+    named = Path(model.run)
+    return named if named.is_dir() else Path(config.run_dir) / role
 
 
 def check_same_run(config: Config) -> None:

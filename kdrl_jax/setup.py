@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
-from kdrl_jax.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
+from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kdrl_jax.models import adapters
 from kdrl_jax.models.block import Holding, LoRA
 from kdrl_jax.models.decoder import FrozenModel, Model, make_model
@@ -22,12 +22,12 @@ from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.load import ModelSource, open_model
 from kdrl_jax.models.quantize import quantize_params
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
+from kdrl_jax.pairing import Side, compare
 from kdrl_jax.rollout.engine import Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.runs import Role, run_of
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.types import Params, TrainState
-
-Role = Literal["student", "teacher"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Setup:
     """What of the student is not trained: all but its adapters with LoRA, else nothing."""
     init_trainable: Callable[[], Params]
     """What of the student is trained, as the config starts it (float32 master weights)."""
+    num_tokens: int
+    """Ids that are sampled and scored; see `pairing.Pairing`."""
+    notes: tuple[str, ...]
+    """What the comparison of the models found worth knowing, a line each."""
 
     def student_params(self, trainable: Params) -> Params:
         """All of the student's parameters."""
@@ -64,7 +68,7 @@ class Setup:
     def head(self) -> HeadSettings:
         c = self.config
         return HeadSettings(
-            num_tokens=self.tokenizer.vocab_size,
+            num_tokens=self.num_tokens,
             temperature=c.rollout.temperature,
             chunk=c.train.head_chunk,
             max_new_tokens=c.rollout.max_new_tokens,
@@ -78,7 +82,7 @@ class Setup:
             group_size=group_size,
             max_prompt_tokens=c.data.max_prompt_tokens,
             max_new_tokens=c.rollout.max_new_tokens,
-            num_tokens=t.vocab_size,
+            num_tokens=self.num_tokens,
             end_ids=t.end_ids,
             pad_id=t.pad_id,
             decode_chunk=c.rollout.decode_chunk,
@@ -121,12 +125,15 @@ def make_setup(config: Config) -> Setup:
     tokenizer_of = {role: finder.own_tokenizer(config, role) for role in _roles(config)}
     tokenizer = _choose_tokenizer(config, finder, tokenizer_of)
     found = {role: finder.find(config, role, tokenizer.vocab_size) for role in _roles(config)}
-    for role, own in tokenizer_of.items():
-        if own is not None and own is not tokenizer:
-            pair = (tokenizer, own) if role == "teacher" else (own, tokenizer)
-            check_same_vocabulary(*pair, same_end=config.kd.end_token)
-    for role, files in found.items():
-        _check_fits(config, role, files.config, tokenizer)
+    pairing = compare(
+        tokenizer,
+        [Side(role, found[role].config, own) for role, own in tokenizer_of.items()],
+        same_end=config.kd.end_token,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        prompt_template=config.data.prompt_template,
+        chat=config.tokenizer.chat_template,
+    ).require()
+    # Nothing of either model is read, or on a device, before here.
     student = make_model(found["student"].config, _dtype(config.student), _holding(config.student))
     teacher = None
     if config.teacher is not None:
@@ -144,6 +151,8 @@ def make_setup(config: Config) -> Setup:
         optimizer=make_optimizer(config.optimizer),
         frozen=frozen,
         init_trainable=init_trainable,
+        num_tokens=pairing.num_tokens,
+        notes=pairing.notes,
     )
 
 
@@ -161,15 +170,6 @@ def _prepare_student(
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return frozen, lambda: jax.jit(init, out_shardings=shardings)(seed_key(config.seed))
-
-
-def run_of(config: Config, role: Role) -> Path | None:
-    """The run directory that a model with `run` comes from: the one named, or inside this run."""
-    model = config.student if role == "student" else config.teacher
-    if model is None or model.run is None:
-        return None
-    named = Path(model.run)
-    return named if named.is_dir() else Path(config.run_dir) / role
 
 
 def _roles(config: Config) -> list[Role]:
@@ -328,17 +328,3 @@ def check_mesh(config: Config) -> Mesh:
                 "or give devices to mesh.tensor"
             )
     return mesh
-
-
-def _check_fits(config: Config, role: Role, decoder: DecoderConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the {role} has rows for "
-            f"{decoder.vocab_size}: it is not this model's tokenizer"
-        )
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > decoder.longest:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the {role} was made for "
-            f"{decoder.longest} positions; lower one of them"
-        )

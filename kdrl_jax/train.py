@@ -40,6 +40,7 @@ from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.runs import check_same_run, is_complete, prerequisites
 from kdrl_jax.scoring import score_in_passes
+from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup
 from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.step import Objective, make_diagnostics, make_update
@@ -70,7 +71,8 @@ def train(
     Raises:
         ValueError, FileNotFoundError: a mistake in config or data, before anything is written; in a run
             that trains others first, its own data are only looked at after those.
-        TrainingError: updates that are not finite, N in a row.
+        TrainingError: updates that are not finite, N in a row; a teacher that is the student's own model
+            and does not agree with it.
     """
     if not resume:
         check_same_run(config)
@@ -207,11 +209,16 @@ class _Run:
         c = self.config
         if int(self.state.step):
             self.reporter.note(f"resumed at step {int(self.state.step)} of {c.train.num_steps}")
-        for line in self.data.describe():
+        for line in (*self.setup.notes, *self.data.describe()):
             self.reporter.note(line)
         for source, count in (self.evaluator.dropped if self.evaluator else {}).items():
             if count:
                 self.reporter.note(f"{source}: {count} held-out prompts too long, left out")
+        if self.checkpoints.latest_step is None:
+            self.reporter.stage("checking the models")
+            s = self.setup
+            if checked := self_check(c, s.student, self.student_params, s.teacher, s.head, s.mesh):
+                self.reporter.note(checked)
         position = self.data.get_state()
         try:
             while (step := int(self.state.step)) < c.train.num_steps:

@@ -1,6 +1,5 @@
 """What the rest of the code knows of a tokenizer, the built-in one, and the choice between them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +13,6 @@ from kdrl_jax.data.tokenizer_gguf import load_gguf_tokenizer
 from kdrl_jax.data.tokenizer_hf import load_hf_tokenizer
 from kdrl_jax.data.tokenizer_sentencepiece import load_sentencepiece_tokenizer
 from kdrl_jax.data.tokenizer_tiktoken import is_tiktoken_file, load_tiktoken_tokenizer
-
-NO_MEANING = re.compile(
-    r"|\[PAD\d*\]|<\|?(pad|extra|dummy|reserved|unused|placeholder)\w*\|?>", re.IGNORECASE
-)
-"""Strings of ids that no text encodes to: none at all, or padding that fills a vocabulary up."""
 
 
 class Tokenizer(Protocol):
@@ -204,45 +198,3 @@ def _load_folder(folder: Path) -> Tokenizer:
         "tokenizer.kind='file' and tokenizer.path. (vocab.json with merges.txt alone is not read: load it "
         "with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json.)"
     )
-
-
-def check_same_vocabulary(student: Tokenizer, teacher: Tokenizer, *, same_end: bool = True) -> None:
-    """Makes sure that an id means the same token to both models, without which KD is noise.
-
-    Sizes may differ by ids without meaning (none, `[PAD3]`, `<|reserved_3|>`): no text uses them.
-
-    Args:
-        student, teacher: the tokenizers to compare.
-        same_end: also require the same set of end ids. With `kd.end_token: false` they may differ.
-
-    Raises:
-        ValueError: the first ten differing tokens (id, student's, teacher's) and differing end ids.
-    """
-    ours, theirs = student.token_strings(), teacher.token_strings()
-    size = max(len(ours), len(theirs))
-    ours += [""] * (size - len(ours))
-    theirs += [""] * (size - len(theirs))
-    different = [
-        (i, a, b)
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
-        if a != b and not (NO_MEANING.fullmatch(a) and NO_MEANING.fullmatch(b))
-    ]
-    problems = []
-    if different:
-        shown = "; ".join(f"{i}: {a!r} vs {b!r}" for i, a, b in different[:10])
-        problems.append(
-            f"{len(different)} of {size} tokens differ, first (id: student vs teacher) {shown}. Distillation "
-            "compares the two models id by id: take a teacher of the student's family"
-        )
-    if same_end and set(student.end_ids) != set(teacher.end_ids):
-        problems.append(
-            f"end ids differ, student {_named(student)} vs teacher {_named(teacher)}. If the vocabularies "
-            "are the same, kd.end_token=false leaves the end token out of distillation"
-        )
-    if problems:
-        raise ValueError("student and teacher do not share a vocabulary: " + "; and ".join(problems))
-
-
-def _named(tokenizer: Tokenizer) -> str:
-    strings = tokenizer.token_strings()
-    return "{" + ", ".join(f"{i}: {strings[i]!r}" for i in sorted(tokenizer.end_ids)) + "}"

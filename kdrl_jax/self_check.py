@@ -1,0 +1,126 @@
+"""Before a run whose teacher is the model its student starts as: their divergence, which must be 0.
+
+It goes through the code that training uses, the teacher's scoring and the student's, so that a shift, a
+mask, a padded column or a weight that only one of them gets wrong shows before anything is trained.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kdrl_jax import sharding
+from kdrl_jax.config import Config
+from kdrl_jax.models.decoder import FrozenModel, Model
+from kdrl_jax.runs import run_of
+from kdrl_jax.scoring import HeadSettings, predictors, score_in_passes, score_predictors
+from kdrl_jax.types import Params, TrainingError
+
+LIMIT = {"float32": 1e-5, "bfloat16": 0.03}
+"""Nats per token, for the coarser of the two compute types. Measured with SmolLM2-135M (30 layers): 0 where
+the types are the same, 0.002 (random ids) to 0.004 (text) where one model computes in each."""
+
+MAX_POSITIONS = 64
+"""Of the rows that are compared; more would show nothing else."""
+
+
+def same_model(config: Config) -> bool:
+    """Whether student and teacher start with the same weights, whatever types they compute in."""
+    student, teacher = config.student, config.teacher
+    if teacher is None:
+        return False
+    if student.run is not None or teacher.run is not None:
+        runs = [run_of(config, "student"), run_of(config, "teacher")]
+        return None not in runs and runs[0].resolve() == runs[1].resolve()  # type: ignore[union-attr]
+    if student.path is None or teacher.path is None:
+        # Random weights follow from shape and seed, and the seed is the run's.
+        return student.architecture is not None and student.architecture == teacher.architecture
+    paths = [Path(m.path or "").expanduser().resolve() for m in (student, teacher)]
+    same_file = paths[0] == paths[1] or (student.sha256 is not None and student.sha256 == teacher.sha256)
+    return same_file and student.layer_indices() == teacher.layer_indices()
+
+
+def self_check(
+    config: Config,
+    student: Model,
+    params: Params,
+    teacher: FrozenModel | None,
+    head: HeadSettings,
+    mesh: Mesh,
+) -> str | None:
+    """One line on student and teacher, or None where they are not the same model.
+
+    Args:
+        params: the student's as the run starts them.
+        head: as training uses it.
+
+    Raises:
+        TrainingError: they are the same model, and their divergence is not 0.
+    """
+    if teacher is None or not same_model(config):
+        return None
+    assert config.teacher is not None
+    types = (config.student.compute_dtype, config.teacher.compute_dtype)
+    limit = max(LIMIT[t] for t in types)
+    kl = self_divergence(config, student, params, teacher, head, mesh)
+    if not kl <= limit:  # a nan is no agreement
+        raise TrainingError(
+            f"self-check: the teacher is the student's own model, but KL(student || teacher) is {kl:.3g} "
+            f"nats per token, above {limit:g} (computed in {types[0]} and {types[1]}): the two are computed "
+            "differently, by a bug or damaged weights; nothing was trained. Get the model's files again, or "
+            "report it"
+        )
+    return f"self-check: student = teacher, KL {kl:.1g} nats per token"
+
+
+def self_divergence(
+    config: Config, student: Model, params: Params, teacher: FrozenModel, head: HeadSettings, mesh: Mesh
+) -> float:
+    """Mean exact KL(student || teacher) per token, nats at temperature 1, on rows of random ids."""
+    shards = sharding.batch_shards(mesh)
+    length = min(MAX_POSITIONS, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
+    head = dataclasses.replace(head, temperature=1.0, max_new_tokens=length - 1)
+    rng = np.random.default_rng(config.seed)
+    # Two rows a device, in two passes. Completions begin anywhere in the first half.
+    rows = (
+        rng.integers(0, head.num_tokens, (2 * shards, length)),
+        rng.integers(1, length // 2 + 1, 2 * shards),
+    )
+    tokens, starts = (jax.device_put(x.astype(np.int32), sharding.rows(mesh)) for x in rows)
+
+    @jax.jit
+    def score_teacher(params: Params, tokens: jax.Array, starts: jax.Array) -> jax.Array:
+        _, states = score_in_passes(
+            teacher.model, params, tokens, starts, head, rows_per_pass=shards, keep_states=True
+        )
+        assert states is not None
+        return states
+
+    @jax.jit
+    def divergence(
+        params: Params,
+        teacher_params: Params,
+        teacher_states: jax.Array,
+        tokens: jax.Array,
+        starts: jax.Array,
+    ) -> jax.Array:
+        decoder = student.bind(params)
+        scores = score_predictors(
+            predictors(decoder.hidden(tokens, remat=config.train.remat), starts, head),
+            decoder.output_head(),
+            tokens,
+            starts,
+            head,
+            teacher_states,
+            teacher.model.bind(teacher_params).output_head(),
+        )
+        assert scores.reverse_kl_BT is not None
+        completion = jnp.arange(length)[None, :] >= starts[:, None]
+        return jnp.mean(scores.reverse_kl_BT, where=completion)
+
+    with jax.set_mesh(mesh):
+        states = score_teacher(teacher.params, tokens, starts)
+        return float(divergence(params, teacher.params, states, tokens, starts))
