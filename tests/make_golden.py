@@ -67,7 +67,12 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         "qwen2", SIZES | {"tie_word_embeddings": True, "rope_theta": 1e6}, dtype="float16"
     ),
     "llama_linear": Checkpoint(
-        "llama", SMALL | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}
+        "llama",
+        SMALL
+        | {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+            "max_position_embeddings": 8,
+        },
     ),
     "llama_dynamic": Checkpoint(
         "llama",

@@ -350,3 +350,20 @@ def test_a_hub_name_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_model(ModelConfig(path="some-org/some-model"))
     assert asked == ["some-org/some-model"]
     assert source.tokenizer_path == str(GOLDEN / "llama")
+
+
+def test_a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(tmp_path, "qwen3", model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
+    asked: list[str] = []
+
+    def one_file(name: str, file: str) -> str:
+        asked.append(file)
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", one_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    message = error_of(lambda: open_model(ModelConfig(path="some-org/some-moe")))
+    assert "'qwen3_moe' (mixture of experts) is not supported" in message
+    assert asked == ["config.json"]
