@@ -33,6 +33,8 @@ class Found:
     config: DecoderConfig
     load: Callable[[Params], Params] | None
     """Abstract parameters with types and shardings -> parameters; None for random weights."""
+    source: ModelSource
+    """Where the model began, through all runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,70 @@ def make_setup(config: Config) -> Setup:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SingleModel:
+    """One model of a config, for commands that need no other (sample, export)."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    """The run's, which both models share."""
+    model: Model
+    source: ModelSource
+    """Where the model began: its family, and the files it came from."""
+    dtype: Any
+    """Type of its parameters in a run: the student's are float32 master weights."""
+    start: Callable[[], Params]
+    """The parameters as the config starts them."""
+
+    def params(self, run_dir: str | None = None, step: int | None = None) -> Params:
+        """The whole parameters, on the devices.
+
+        Args:
+            run_dir: the run whose checkpoint to read; None takes them as the config starts them.
+            step: which checkpoint; None is the newest.
+
+        Raises:
+            ValueError: no such checkpoint; it names those there.
+        """
+        if run_dir is None:
+            return self.start()
+        return _restore(Path(run_dir), abstract_params(self.model, self.mesh, self.dtype), step)
+
+
+def make_single(config: Config, role: Role) -> SingleModel:
+    """Finds and checks one model of a config; of the other, at most the tokenizer is read.
+
+    Raises:
+        ValueError, FileNotFoundError: one line naming what does not fit and what to do.
+    """
+    if role not in _roles(config):
+        raise ValueError(f"the config has no {role}; add a {role} section")
+    mesh = sharding.make_mesh(config.mesh)
+    finder = _Finder()
+    own: dict[Role, Tokenizer | None] = {}
+    if config.tokenizer.kind == "model":
+        own["student"] = finder.own_tokenizer(config, "student")
+        if own["student"] is None and config.teacher is not None:
+            own["teacher"] = finder.own_tokenizer(config, "teacher")
+    tokenizer = _choose_tokenizer(config, finder, own)
+    found = finder.find(config, role, tokenizer.vocab_size)
+    mine = finder.own_tokenizer(config, role)
+    if mine is not None and mine is not tokenizer:
+        check_same_vocabulary(tokenizer, mine, same_end=False)
+    _check_vocabulary(role, found.config, tokenizer)
+    compute_dtype = _dtype(_model_config(config, role))
+    model = make_model(found.config, compute_dtype)
+    dtype = jnp.float32 if role == "student" else compute_dtype
+    return SingleModel(
+        mesh=mesh,
+        tokenizer=tokenizer,
+        model=model,
+        source=found.source,
+        dtype=dtype,
+        start=lambda: _load(found, model, mesh, dtype, config.seed),
+    )
+
+
 def run_of(config: Config, role: Role) -> Path | None:
     """The run directory that a model with `run` comes from: the one named, or inside this run."""
     model = config.student if role == "student" else config.teacher
@@ -185,10 +251,10 @@ class _Finder:
         model, run = _model_config(config, role), run_of(config, role)
         if run is not None:
             inner = self.find(load_run_config(run), "student", num_tokens)
-            return Found(inner.config, lambda abstract: _restore(run, abstract))
+            return Found(inner.config, lambda abstract: _restore(run, abstract), inner.source)
         source = self._open(model) if model.path is not None else open_model(model, num_tokens)
         if not source.has_weights:
-            return Found(source.config, None)
+            return Found(source.config, None, source)
 
         def load(abstract: Params) -> Params:
             def put(path: str, array: np.ndarray) -> jax.Array:
@@ -199,7 +265,7 @@ class _Finder:
 
             return source.load(put)
 
-        return Found(source.config, load)
+        return Found(source.config, load, source)
 
     def _open(self, model: ModelConfig) -> ModelSource:
         if model not in self._sources:
@@ -207,10 +273,10 @@ class _Finder:
         return self._sources[model]
 
 
-def _restore(run: Path, abstract: Params) -> Params:
+def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:
     checkpoints = Checkpoints(run)
     try:
-        return checkpoints.restore_params(abstract)
+        return checkpoints.restore_params(abstract, step)
     finally:
         checkpoints.close()
 
@@ -277,14 +343,18 @@ def check_mesh(config: Config) -> Mesh:
 
 
 def _check_fits(config: Config, role: Role, decoder: DecoderConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the {role} has rows for "
-            f"{decoder.vocab_size}: it is not this model's tokenizer"
-        )
+    _check_vocabulary(role, decoder, tokenizer)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > decoder.max_positions:
         raise ValueError(
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}, but the {role} was made for "
             f"{decoder.max_positions} positions; lower one of them"
+        )
+
+
+def _check_vocabulary(role: Role, decoder: DecoderConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the {role} has rows for "
+            f"{decoder.vocab_size}: it is not this model's tokenizer"
         )
