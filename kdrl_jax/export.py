@@ -41,23 +41,25 @@ def export(config: Config, options: ExportOptions, console: Console, *, is_run: 
     if options.step is not None and not is_run:
         raise ValueError(f"step={options.step} names a checkpoint of a run; give the run's directory")
     single = make_single(config, "student")
-    with console.status("loading"):
-        params = _parameters(single, config.run_dir if is_run else None, options.step)
     dtype = options.dtype or _default_dtype(single)
-    shapes = tensors.shapes(single.source.family.tensors, single.model.config)
+    table, decoder = single.source.family.tensors, single.model.config
+    shapes = tensors.shapes(table, decoder)
     count = sum(math.prod(shape) for shape in shapes.values())
     num_bytes = count * np.dtype(DTYPES[dtype][1]).itemsize
-    with _whole_or_nothing(out) as folder, _progress(console) as progress:
-        task = progress.add_task("writing", total=num_bytes)
-        num_files = write_tensors(
-            folder,
-            shapes,
-            tensors.export(single.source.family.tensors, single.model.config, params),
-            dtype=dtype,
-            max_bytes=options.max_shard_gib * _GIB,
-            on_tensor=lambda size: progress.advance(task, size),
-        )
+    with _whole_or_nothing(out) as folder:
         _write_texts(folder, single, dtype)
+        with console.status("loading"):
+            params = _parameters(single, config.run_dir if is_run else None, options.step)
+        with _progress(console) as progress:
+            task = progress.add_task("writing", total=num_bytes)
+            num_files = write_tensors(
+                folder,
+                shapes,
+                tensors.export(table, decoder, params),
+                dtype=dtype,
+                max_bytes=options.max_shard_gib * _GIB,
+                on_tensor=lambda size: progress.advance(task, size),
+            )
     files = "1 file" if num_files == 1 else f"{num_files} files"
     console.print(
         f"{out}: {count:,} parameters, {dtype}, {num_bytes / _GIB:.2f} GiB in {files}",

@@ -143,10 +143,17 @@ def load(call: Invocation) -> tuple[Config, bool]:
 
 
 def _is_model(path: Path) -> bool:
-    if path.is_dir():
-        found = (path / "config.json").exists() or any(path.glob("*.gguf"))
-        return found and not (path / RUN_CONFIG).exists()
-    return path.suffix == ".gguf" and path.is_file()
+    """Whether it is a model's folder or .gguf file; raises ConfigError for a folder that is nothing."""
+    if not path.is_dir():
+        return path.suffix == ".gguf" and path.is_file()
+    if (path / RUN_CONFIG).exists():
+        return False
+    if (path / "config.json").exists() or any(path.glob("*.gguf")):
+        return True
+    raise ConfigError(
+        f"{path}: neither {RUN_CONFIG} (a run) nor config.json (a Hugging Face model) in this directory; "
+        "give a config file, a run, a model's folder or a .gguf file"
+    )
 
 
 def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:

@@ -55,7 +55,8 @@ def sample(
             "positions; shorten the one or lower the other"
         )
     run_dir = config.run_dir if is_run and options.model == "student" else None
-    engine, prompts = _engine(config, options, single, len(ids)), _prompts(ids, batch_shards(single.mesh))
+    engine = make_engine(config, options, single, len(ids))
+    prompts = _prompts(ids, engine.settings)
     params = single.params(run_dir, options.step)
     key = jax.random.fold_in(seed_key(config.seed), 2**31 - 2)
     text = TextStream(single.tokenizer)
@@ -113,7 +114,8 @@ class _Timer:
         return f"{tokens / seconds:.1f} tokens/s" if tokens else "too short to time"
 
 
-def _engine(config: Config, options: SampleOptions, single: SingleModel, num_tokens: int) -> Engine:
+def make_engine(config: Config, options: SampleOptions, single: SingleModel, num_tokens: int) -> Engine:
+    """An engine for one prompt of `num_tokens`, with the sampler that the config and the options say."""
     tokenizer = single.tokenizer
     settings = EngineSettings(
         num_prompts=batch_shards(single.mesh),
@@ -134,9 +136,10 @@ def _engine(config: Config, options: SampleOptions, single: SingleModel, num_tok
     return Engine(single.model, settings, single.mesh)
 
 
-def _prompts(ids: list[int], num: int) -> Prompts:
+def _prompts(ids: list[int], settings: EngineSettings) -> Prompts:
     """The prompt in every row: each device needs one, and row 0 is read."""
-    tokens = np.zeros((num, -(-len(ids) // _WIDTH) * _WIDTH), np.int32)
+    num = settings.num_prompts
+    tokens = np.full((num, settings.max_prompt_tokens), settings.pad_id, np.int32)
     tokens[:, : len(ids)] = ids
     lengths = np.full(num, len(ids), np.int32)
     return Prompts(tokens, lengths, np.zeros(num, np.int32), (), (), (), ())

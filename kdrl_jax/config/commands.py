@@ -22,10 +22,11 @@ class SampleOptions(Section):
     prompt: str
     """The question, taken as it is; `-` reads it from standard input."""
     model: Literal["student", "teacher"] = "student"
+    """Which model answers."""
     greedy: Flag = False
     """Take the most likely token each time, instead of drawing one."""
     step: Count | None = None
-    """The checkpoint of the run to sample from; None is the newest."""
+    """The checkpoint of the run to sample from; null is the newest."""
 
     @field_validator("prompt")
     @classmethod
@@ -43,12 +44,12 @@ class ExportOptions(Section):
     out: str
     """The folder to write; it must not exist yet, or be empty."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the written tensors. None: that of the safetensors files the student started from, and
+    """Type of the written tensors. null: that of the safetensors files the student started from, and
     float32 if it came from elsewhere."""
     max_shard_gib: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 2.0
     """Largest size of one file, in GiB; a tensor that is larger has a file of its own."""
     step: Count | None = None
-    """The checkpoint of the run to write; None is the newest."""
+    """The checkpoint of the run to write; null is the newest."""
 
     @field_validator("out")
     @classmethod
