@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -360,60 +359,6 @@ def test_smollm2() -> None:
     ]
     turn = [2, 198, 1, 4093, 198, 1780, 314, 216, 34, 27, 35, 47, 2, 198, 1, 520, 9531, 198]
     assert prompt == system + turn
-
-
-class TestSentencePiece:
-    @pytest.fixture(scope="class")
-    def path(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("sp")
-        (folder / "text.txt").write_text("\n".join(TEXTS * 20))
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(folder / "text.txt"),
-            model_prefix=str(folder / "spiece"),
-            vocab_size=330,
-            model_type="bpe",
-            byte_fallback=True,
-            control_symbols=["<turn>"],
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-        (folder / "text.txt").unlink()
-        return folder / "spiece.model"
-
-    def test_round_trip(self, path: Path) -> None:
-        tokenizer = load_tokenizer(TokenizerConfig(kind="file", path=str(path)), None)
-        for text in (*TEXTS, " two  spaces ", "naïve 你好 🙂\n", "<s>", "a</s>b"):
-            ids = tokenizer.encode(text)
-            assert tokenizer.decode(ids) == text
-            assert not set(ids) & {0, *tokenizer.end_ids}
-        assert tokenizer.end_ids == (2,)
-        assert tokenizer.pad_id == 0  # the unknown token: the model has no padding
-        assert tokenizer.bos_id is None
-        assert len(tokenizer.token_strings()) == tokenizer.vocab_size == 330
-
-    def test_special_tokens(self, path: Path) -> None:
-        tokenizer = load_tokenizer(MODEL, str(path.parent))
-        ids = tokenizer.encode("<s>How many<turn>apples</s>", special=True)
-        strings = [tokenizer.token_strings()[i] for i in ids]
-        assert (strings[0], strings[-1], strings.count("<turn>")) == ("<s>", "</s>", 1)
-        assert "<turn>" not in [tokenizer.token_strings()[i] for i in tokenizer.encode("How many<turn>")]
-        assert tokenizer.decode([*ids, 999]) == "How many apples"
-
-    def test_files_beside_it(self, path: Path, tmp_path: Path) -> None:
-        (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
-        config: dict[str, Any] = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "<turn>"}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2]}')
-        (tmp_path / "chat_template.jinja").write_text(CHATML)
-        tokenizer = load_tokenizer(MODEL, str(tmp_path))
-        assert [tokenizer.token_strings()[i] for i in tokenizer.end_ids] == ["<turn>", "</s>"]
-        assert tokenizer.bos_id == 1
-        assert tokenizer.chat_template == CHATML
-        config["added_tokens_decoder"] = {"400": {"content": "<more>"}}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"'<more>'.*tokenizer\.json"):
-            load_tokenizer(MODEL, str(tmp_path))
 
 
 class TestSameVocabulary:

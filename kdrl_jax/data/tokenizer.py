@@ -5,10 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from kdrl_jax.config.schema import TokenizerConfig
+from kdrl_jax.data.tokenizer_files import write_settings
 from kdrl_jax.data.tokenizer_gguf import load_gguf_tokenizer
 from kdrl_jax.data.tokenizer_hf import load_hf_tokenizer
 from kdrl_jax.data.tokenizer_sentencepiece import load_sentencepiece_tokenizer
+from kdrl_jax.data.tokenizer_tiktoken import is_tiktoken_file, load_tiktoken_tokenizer
 
 NO_MEANING = re.compile(
     r"|\[PAD\d*\]|<\|?(pad|extra|dummy|reserved|unused|placeholder)\w*\|?>", re.IGNORECASE
@@ -45,6 +50,10 @@ class Tokenizer(Protocol):
         """Variables a chat template may use: `bos_token`, `eos_token`, `pad_token`, `unk_token`."""
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special (control) tokens: those that `encode` gives with `special=True` only, or never."""
+
+    @property
     def special_strings(self) -> tuple[str, ...]:
         """Strings that `encode` turns into special tokens with `special=True` only."""
 
@@ -66,6 +75,21 @@ class Tokenizer(Protocol):
     def token_strings(self) -> list[str]:
         """The token of each id, `vocab_size` of them; "" where an id has none. For comparisons."""
 
+    def save(self, folder: Path) -> None:
+        """Writes what `transformers.AutoTokenizer.from_pretrained(folder)` needs to give the same ids, end,
+        padding and BOS tokens and chat template; `load_tokenizer` reads it too.
+
+        Files of Hugging Face's are copied as they were. config.json and generation_config.json are the
+        model's and not written here: end ids beyond the first are in generation_config.json only.
+
+        Args:
+            folder: an existing folder.
+
+        Raises:
+            FileNotFoundError: a file to copy is gone.
+            ValueError: transformers could not read this kind of tokenizer.
+        """
+
 
 class CharTokenizer:
     """Built in: one token per printable ASCII character or newline, a pad (0) and an end token (1)."""
@@ -74,6 +98,7 @@ class CharTokenizer:
     bos_id: int | None = None
     pad_id: int = 0
     end_ids: tuple[int, ...] = (1,)
+    special_ids: frozenset[int] = frozenset({0, 1})
     special_strings: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -100,6 +125,25 @@ class CharTokenizer:
     def token_strings(self) -> list[str]:
         """See `Tokenizer.token_strings`."""
         return list(self._strings)
+
+    def save(self, folder: Path) -> None:
+        """See `Tokenizer.save`. An unknown character is an error there too."""
+        vocab = {string: i for i, string in enumerate(self._strings)}
+        # An unknown token that is not in the vocabulary: nothing to fall back on.
+        backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unknown>"))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), behavior="isolated")
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens(list(self.template_tokens.values()))
+        backend.save(str(folder / "tokenizer.json"))
+        write_settings(
+            folder,
+            dict(self.template_tokens),
+            None,
+            tokenizer_class="PreTrainedTokenizerFast",
+            add_bos_token=False,
+            # "<end>" in a text stays five characters.
+            split_special_tokens=True,
+        )
 
 
 def load_tokenizer(config: TokenizerConfig, model_path: str | None) -> Tokenizer:
@@ -132,22 +176,27 @@ def load_tokenizer(config: TokenizerConfig, model_path: str | None) -> Tokenizer
     if path.suffix == ".json":
         return load_hf_tokenizer(path)
     if path.suffix == ".model":
-        return load_sentencepiece_tokenizer(path)
+        return _load_model_file(path)
     raise ValueError(
-        f"{key} {named}: expected a folder, tokenizer.json, a SentencePiece .model or a .gguf file"
+        f"{key} {named}: expected a folder, tokenizer.json, a .gguf file or a .model file (SentencePiece, or "
+        "Llama 3's as tiktoken writes them)"
     )
+
+
+def _load_model_file(path: Path) -> Tokenizer:
+    return load_tiktoken_tokenizer(path) if is_tiktoken_file(path) else load_sentencepiece_tokenizer(path)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return load_hf_tokenizer(folder / "tokenizer.json")
-    models = sorted(folder.glob("*.model"))
-    if len(models) == 1:
-        return load_sentencepiece_tokenizer(models[0])
-    if models:
-        raise ValueError(f"{folder} holds {[m.name for m in models]}; name one with tokenizer.path")
+    found = sorted(folder.glob("*.model"))
+    if len(found) == 1:
+        return _load_model_file(found[0])
+    if found:
+        raise ValueError(f"{folder} holds {[m.name for m in found]}; name one with tokenizer.path")
     raise FileNotFoundError(
-        f"{folder} holds neither tokenizer.json nor a SentencePiece .model; copy one there, or set "
+        f"{folder} holds neither tokenizer.json nor a .model file; copy one there, or set "
         "tokenizer.kind='file' and tokenizer.path. (vocab.json with merges.txt alone is not read: load it "
         "with transformers' AutoTokenizer and save_pretrained, which writes tokenizer.json.)"
     )

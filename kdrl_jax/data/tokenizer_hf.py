@@ -5,20 +5,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
+from tokenizers import processors
 
+from kdrl_jax.data.tokenizer_files import SETTINGS, VOCABULARIES, copy_file, copy_files, write_settings
 from kdrl_jax.data.tokenizer_metadata import TokenizerMetadata, choose_pad_id, ordered_end_ids, read_metadata
 
 
 class HFTokenizer:
     """A `tokenizers.Tokenizer` behind the `Tokenizer` protocol, which documents the methods."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, metadata: TokenizerMetadata, place: str):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        metadata: TokenizerMetadata,
+        place: str,
+        *,
+        source: Path | None = None,
+    ):
         """Takes over `backend` and switches off what would change lengths.
 
         Args:
             backend: the tokenizer proper.
             metadata: end tokens, BOS, padding, chat template.
             place: the file it came from, for errors.
+            source: the tokenizer.json it is, if it is one: saved as it was, with the files beside it.
 
         Raises:
             ValueError: a named token that the vocabulary lacks, or no end token.
@@ -27,11 +37,12 @@ class HFTokenizer:
         backend.no_truncation()
         backend.no_padding()
         ids = backend.get_vocab(with_added_tokens=True)
-        for token, token_id in metadata.added_ids.items():
-            if ids.get(token, token_id) != token_id:
+        for token_id, added in metadata.added.items():
+            if ids.get(added.content, token_id) != token_id:
                 raise ValueError(
-                    f"{place}: token {token!r} has id {ids[token]}, but {token_id} in tokenizer_config.json; "
-                    "the files do not belong together, fetch them again"
+                    f"{place}: token {added.content!r} has id {ids[added.content]}, but {token_id} in "
+                    "tokenizer_config.json or added_tokens.json; the files do not belong together, fetch "
+                    "them again"
                 )
         if (eos := metadata.tokens.get("eos_token")) is not None and eos not in ids:
             raise ValueError(f"{place}: eos_token {eos!r} of tokenizer_config.json is not in the vocabulary")
@@ -41,6 +52,7 @@ class HFTokenizer:
         known = backend.get_added_tokens_decoder()
         backend.add_special_tokens([metadata.tokens[name] for name, i in named.items() if i not in known])
         self._backend = backend
+        self._source = source
         self._lock = threading.Lock()
         self.vocab_size: int = max(ids.values()) + 1
         self._strings = [""] * self.vocab_size
@@ -53,6 +65,7 @@ class HFTokenizer:
         self.pad_id: int = choose_pad_id(
             named.get("pad_token"), named.get("unk_token"), special, self.end_ids, self.vocab_size
         )
+        self.special_ids: frozenset[int] = frozenset(special)
         self.special_strings: tuple[str, ...] = tuple(special.values())
         # Not pad_id: where nothing else was free, padding is an ordinary token that means its text.
         self._silent = frozenset({*special, *self.end_ids})
@@ -81,6 +94,44 @@ class HFTokenizer:
         """See `Tokenizer.token_strings`."""
         return list(self._strings)
 
+    def save(self, folder: Path) -> None:
+        """See `Tokenizer.save`. A tokenizer.json is copied with the files beside it; what came from another
+        kind of file is written anew."""
+        if self._source is not None:
+            copy_file(self._source, folder / "tokenizer.json")
+            copy_files(self._source.parent, folder, SETTINGS + VOCABULARIES)
+            if (folder / "tokenizer_config.json").is_file():
+                return
+            # Left to guess from config.json, transformers may take the backend apart for a class of its own.
+        else:
+            self._with_bos().save(str(folder / "tokenizer.json"))
+        bos, pad = self.template_tokens.get("bos_token"), self._strings[self.pad_id]
+        tokens = {
+            "bos_token": bos,
+            "eos_token": self._strings[self.end_ids[0]],
+            # A named pad is a special token to every reader; a borrowed one means its text.
+            "pad_token": pad if self.pad_id in self.special_ids else None,
+            "unk_token": self.template_tokens.get("unk_token"),
+        }
+        write_settings(
+            folder,
+            tokens,
+            self.chat_template,
+            tokenizer_class="PreTrainedTokenizerFast",
+            add_bos_token=self.bos_id is not None,
+        )
+
+    def _with_bos(self) -> tokenizers.Tokenizer:
+        # Readers before transformers 5 go by the post-processor, later ones by add_bos_token.
+        if self.bos_id is None:
+            return self._backend
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        bos = self._strings[self.bos_id]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, self.bos_id)]
+        )
+        return backend
+
 
 def load_hf_tokenizer(path: Path) -> HFTokenizer:
     """A tokenizer.json, with tokenizer_config.json, special_tokens_map.json, generation_config.json and
@@ -95,4 +146,4 @@ def load_hf_tokenizer(path: Path) -> HFTokenizer:
         raise ValueError(
             f"{path}: not a tokenizer of the `tokenizers` library ({error}); fetch it again"
         ) from None
-    return HFTokenizer(backend, read_metadata(path.parent), str(path))
+    return HFTokenizer(backend, read_metadata(path.parent), str(path), source=path)

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -15,18 +17,20 @@ class TokenizerMetadata:
 
     tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Strings of `bos_token`, `eos_token`, `pad_token`, `unk_token`, as far as they are named."""
-    added_ids: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Ids of added tokens as tokenizer_config.json has them."""
+    added: Mapping[int, tokenizers.AddedToken] = dataclasses.field(default_factory=dict)
+    """Added tokens by id, in the order of ids, as tokenizer_config.json and added_tokens.json have them."""
     add_bos: bool | None = None
     """Whether texts begin with BOS; None where it is not said."""
+    legacy: bool | None = None
+    """SentencePiece only: False where no space is put before text that follows an added token."""
     end_ids: tuple[int, ...] = ()
-    """From generation_config.json, or config.json where there is none."""
+    """From generation_config.json, or config.json where that names none."""
     chat_template: str | None = None
 
 
 def read_metadata(folder: Path) -> TokenizerMetadata:
-    """Reads tokenizer_config.json, special_tokens_map.json, generation_config.json (or config.json) and
-    chat_template.jinja, as far as they are there.
+    """Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json (or
+    config.json) and chat_template.jinja, as far as they are there.
 
     Raises:
         ValueError: naming a file that is not what it should be.
@@ -35,22 +39,53 @@ def read_metadata(folder: Path) -> TokenizerMetadata:
     special = _read_json(folder / "special_tokens_map.json")
     tokens = {name: _token_string(special.get(name)) for name in _NAMES}
     tokens |= {name: found for name in _NAMES if (found := _token_string(config.get(name)))}
-    generation = folder / "generation_config.json"
-    if not generation.is_file():
-        generation = folder / "config.json"
-    end = _read_json(generation).get("eos_token_id")
-    end_ids = [] if end is None else end if isinstance(end, list) else [end]
-    if not all(isinstance(i, int) for i in end_ids):
-        raise ValueError(f"{generation}: eos_token_id must be an id or a list of ids, got {end!r}")
-    added = config.get("added_tokens_decoder") or {}
     add_bos = config.get("add_bos_token")
+    legacy = config.get("legacy")
     return TokenizerMetadata(
         tokens={name: string for name, string in tokens.items() if string},
-        added_ids={_token_string(entry) or "": int(i) for i, entry in added.items()},
+        added=_added_tokens(folder, config, special),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
-        end_ids=tuple(end_ids),
+        legacy=legacy if isinstance(legacy, bool) else None,
+        end_ids=_end_ids(folder),
         chat_template=_chat_template(folder, config),
     )
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    # Many generation_config.json hold sampling settings alone, or a null.
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        end = _read_json(path).get("eos_token_id")
+        ids = [] if end is None else end if isinstance(end, list) else [end]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"{path}: eos_token_id must be an id or a list of ids, got {end!r}")
+        if ids:
+            return tuple(ids)
+    return ()
+
+
+def _added_tokens(
+    folder: Path, config: Mapping[str, Any], special_map: Mapping[str, Any]
+) -> dict[int, tokenizers.AddedToken]:
+    # added_tokens.json is the older form: ids alone, and what is special is named elsewhere.
+    special = {_token_string(file.get(name)) for file in (config, special_map) for name in _NAMES}
+    for file in (config, special_map):
+        more = file.get("additional_special_tokens") or []
+        special |= {_token_string(entry) for entry in more}
+    path = folder / "added_tokens.json"
+    try:
+        added = {
+            int(i): tokenizers.AddedToken(string, special=string in special, normalized=False)
+            for string, i in _read_json(path).items()
+        }
+        path = folder / "tokenizer_config.json"
+        for i, entry in (config.get("added_tokens_decoder") or {}).items():
+            if isinstance(entry, str):
+                entry = {"content": entry, "special": entry in special}
+            flags = {f: bool(entry.get(f)) for f in ("special", "lstrip", "rstrip", "single_word")}
+            added[int(i)] = tokenizers.AddedToken(entry["content"], normalized=False, **flags)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: added tokens are not as Hugging Face writes them ({error!r})") from None
+    return dict(sorted(added.items()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
