@@ -106,6 +106,7 @@ class TestChar:
         ids = [*tokenizer.encode("12"), *tokenizer.end_ids, tokenizer.pad_id, 98, 500, -1]
         assert tokenizer.decode(ids) == "12"
         assert tokenizer.decode(tokenizer.encode("<end>", special=True)) == "<end>"
+        assert tokenizer.special_ids == {tokenizer.pad_id, *tokenizer.end_ids}
 
     @pytest.mark.parametrize("char", ["é", "\t", "\x7f", "🙂"])
     def test_unknown_character_is_named(self, char: str) -> None:
@@ -132,6 +133,7 @@ class TestHF:
         assert tokenizer.decode(parsed) == "ab"
         assert 2 not in tokenizer.encode(text), "the switch must not stick"
         assert "<|im_end|>" in tokenizer.special_strings
+        assert tokenizer.special_ids == {0, 1, 2}
 
     def test_end_ids_come_from_all_files(self, tmp_path: Path) -> None:
         tokenizer = load_hf(tmp_path, generation_config={"eos_token_id": [0, 2]})
@@ -145,6 +147,35 @@ class TestHF:
         )
         assert mapped.end_ids == (2,)
 
+    @pytest.mark.parametrize(
+        ("generation", "config", "expected"),
+        [
+            (0, 1, (2, 0)),
+            ([0, 2], None, (2, 0)),
+            ([1, 0], None, (2, 1, 0)),
+            (None, None, (2,)),
+            ([], 0, (2, 0)),
+            (None, [0, 1], (2, 0, 1)),  # sampling settings alone: the model's config knows
+        ],
+    )
+    def test_end_ids_as_they_are_written(
+        self, tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]
+    ) -> None:
+        files = {"generation_config": {"eos_token_id": generation}, "config": {"eos_token_id": config}}
+        tokenizer = load_hf(tmp_path, **files)
+        assert tokenizer.end_ids == expected
+        assert tokenizer.pad_id not in expected
+        del files["generation_config"]["eos_token_id"]
+        if generation is None:
+            assert load_hf(tmp_path, **files).end_ids == expected
+
+    @pytest.mark.parametrize("bad", ["<|im_end|>", [2, None], True, 2.0])
+    def test_end_ids_that_are_none(self, tmp_path: Path, bad: Any) -> None:
+        with pytest.raises(
+            ValueError, match=r"generation_config\.json: eos_token_id must be an id or a list"
+        ):
+            load_hf(tmp_path, generation_config={"eos_token_id": bad})
+
     def test_no_or_impossible_end_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"tokenizer\.json: no end token .* generation_config\.json"):
             load_hf(tmp_path, tokenizer_config={})
@@ -156,6 +187,12 @@ class TestHF:
     def test_pad_is_never_an_end(self, tmp_path: Path) -> None:
         own = load_hf(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
         assert own.pad_id == 0
+        files = {"tokenizer_config": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}}
+        by_generation = load_hf(tmp_path, generation_config={"eos_token_id": [2, 0]}, **files)
+        assert by_generation.pad_id == 1
+        (tmp_path / "generation_config.json").unlink()
+        base = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}  # Qwen's base models
+        assert load_hf(tmp_path, tokenizer_config=base).pad_id == 2
         same = load_hf(
             tmp_path,
             tokenizer_config={
@@ -194,6 +231,20 @@ class TestHF:
         added = {"7": {"content": "<|im_end|>"}}
         with pytest.raises(ValueError, match=r"'<\|im_end\|>' has id 2, but 7 in tokenizer_config"):
             load_hf(tmp_path, tokenizer_config={"eos_token": "<|im_end|>", "added_tokens_decoder": added})
+
+    def test_tokens_that_only_the_other_files_have(self, tmp_path: Path) -> None:
+        size = BPE.get_vocab_size()
+        config: dict[str, Any] = {"eos_token": "<|im_end|>"}
+        config["added_tokens_decoder"] = {str(size): {"content": "<tool>", "special": True}}
+        tokenizer = load_hf(tmp_path, tokenizer_config=config, added_tokens={"<think>": size + 1})
+        assert tokenizer.vocab_size == size + 2
+        assert tokenizer.special_ids == {0, 1, 2, size}
+        assert tokenizer.encode("<tool>", special=True) == [size]
+        assert size not in tokenizer.encode("<tool>")
+        assert tokenizer.encode("<think>") == [size + 1]
+        assert tokenizer.decode([size, size + 1]) == "<think>"
+        with pytest.raises(ValueError, match=rf"'<think>' has id {size + 1}, but {size + 4} in"):
+            load_hf(tmp_path, tokenizer_config=config, added_tokens={"<think>": size + 4})
 
     def test_bos(self, tmp_path: Path) -> None:
         assert load_hf(tmp_path).bos_id is None

@@ -127,7 +127,11 @@ class CharTokenizer:
         return list(self._strings)
 
     def save(self, folder: Path) -> None:
-        """See `Tokenizer.save`. An unknown character is an error there too."""
+        """See `Tokenizer.save`. An unknown character is an error there too.
+
+        Beside a config.json of `model_type: qwen2`, transformers 5 takes any tokenizer for Qwen2's own and
+        would lose spaces and newlines: there, use `PreTrainedTokenizerFast.from_pretrained`.
+        """
         vocab = {string: i for i, string in enumerate(self._strings)}
         # An unknown token that is not in the vocabulary: nothing to fall back on.
         backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unknown>"))
@@ -137,7 +141,7 @@ class CharTokenizer:
         backend.save(str(folder / "tokenizer.json"))
         write_settings(
             folder,
-            dict(self.template_tokens),
+            {**self.template_tokens, "bos_token": None, "unk_token": None},
             None,
             tokenizer_class="PreTrainedTokenizerFast",
             add_bos_token=False,

@@ -53,12 +53,12 @@ def write_settings(
 
     Args:
         folder: an existing folder.
-        tokens: strings of `bos_token`, `eos_token`, `pad_token`, `unk_token`; None where there is none.
+        tokens: strings of `bos_token`, `eos_token`, `pad_token`, `unk_token`; None where there is none,
+            which is written: classes of transformers have defaults of their own, which they would add.
         chat_template: jinja source.
         settings: further keys; `tokenizer_class` at least.
     """
-    named = {name: token for name, token in tokens.items() if token is not None}
-    content = {**settings, "clean_up_tokenization_spaces": False, **named}
+    content = {**settings, "clean_up_tokenization_spaces": False, **tokens}
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if chat_template is not None:

@@ -36,9 +36,12 @@ class HFTokenizer:
         # Files saved after training often still truncate or pad every text.
         backend.no_truncation()
         backend.no_padding()
+        # Tokens added after tokenizer.json was written are in the other files alone.
+        there = backend.get_added_tokens_decoder()
+        backend.add_tokens([token for i, token in metadata.added.items() if i not in there])
         ids = backend.get_vocab(with_added_tokens=True)
         for token_id, added in metadata.added.items():
-            if ids.get(added.content, token_id) != token_id:
+            if ids[added.content] != token_id:
                 raise ValueError(
                     f"{place}: token {added.content!r} has id {ids[added.content]}, but {token_id} in "
                     "tokenizer_config.json or added_tokens.json; the files do not belong together, fetch "
@@ -100,11 +103,13 @@ class HFTokenizer:
         if self._source is not None:
             copy_file(self._source, folder / "tokenizer.json")
             copy_files(self._source.parent, folder, SETTINGS + VOCABULARIES)
-            if (folder / "tokenizer_config.json").is_file():
+            if (self._source.parent / "tokenizer_config.json").is_file():
                 return
             # Left to guess from config.json, transformers may take the backend apart for a class of its own.
+            template = None  # chat_template.jinja, copied
         else:
             self._with_bos().save(str(folder / "tokenizer.json"))
+            template = self.chat_template
         bos, pad = self.template_tokens.get("bos_token"), self._strings[self.pad_id]
         tokens = {
             "bos_token": bos,
@@ -116,7 +121,7 @@ class HFTokenizer:
         write_settings(
             folder,
             tokens,
-            self.chat_template,
+            template,
             tokenizer_class="PreTrainedTokenizerFast",
             add_bos_token=self.bos_id is not None,
         )

@@ -76,7 +76,10 @@ class SentencePieceTokenizer:
             **{name: model.id_to_piece(i) for name, i in builtin_tokens.items() if i >= 0},
             **metadata.tokens,
         }
-        self.special_ids: frozenset[int] = frozenset({*control, *self.end_ids, *named.values()})
+        self.special_ids: frozenset[int] = frozenset(
+            {*control, *self.end_ids, *named.values(), model.unk_id()}
+        )
+        # Not the named padding, which may be an ordinary piece.
         self._silent = frozenset({*control, *self.end_ids, model.unk_id()})
         by_length = sorted(self.special_ids, key=lambda i: (-len(self._strings[i]), i))
         self.special_strings: tuple[str, ...] = tuple(self._strings[i] for i in by_length)
@@ -139,7 +142,7 @@ class SentencePieceTokenizer:
         write_settings(
             folder,
             tokens,
-            self.chat_template,
+            None,  # chat_template.jinja is copied if there is one
             tokenizer_class="LlamaTokenizer",
             add_bos_token=self.bos_id is not None,
             add_prefix_space=self._model.encode("a", out_type=str)[0].startswith("▁"),
