@@ -15,10 +15,10 @@ import pytest
 import tokenizers
 import yaml
 from make_golden import GOLDEN
-from rich.console import Console
 
 from kdrl_jax import sharding
-from kdrl_jax.config import MeshConfig, SampleOptions, load_config, load_run_config
+from kdrl_jax.checkpoint import Checkpoints
+from kdrl_jax.config import MeshConfig, SampleOptions, load_config, load_run_config, save_config
 from kdrl_jax.data.tokenizer import CharTokenizer
 from kdrl_jax.data.tokenizer_hf import HFTokenizer
 from kdrl_jax.data.tokenizer_metadata import TokenizerMetadata
@@ -27,8 +27,7 @@ from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.rollout.engine import Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.sample import TextStream, make_engine
-from kdrl_jax.setup import make_single
-from kdrl_jax.train import train
+from kdrl_jax.setup import make_setup, make_single
 from kdrl_jax.types import Prompts
 
 ROOT = Path(__file__).parents[1]
@@ -49,12 +48,7 @@ TREE = {
         "prompt_template": "Q: {question} A:",
     },
     "rollout": {"group_size": 2, "max_new_tokens": 24},
-    # Large steps: no two checkpoints answer alike.
-    "optimizer": {"learning_rate": 0.1},
-    "train": {"num_steps": 3, "prompts_per_iteration": 4, "diagnostics_every": 0},
-    "eval": {"greedy": False, "num_samples": 0},
-    "reward": {"num_workers": 1},
-    "checkpoint": {"every": 1, "keep": 2},
+    "train": {"num_steps": 3, "prompts_per_iteration": 8},
     "mesh": {"data": 8},
 }
 PROMPT = "7+5 and 3+4, which is more? = a: [b"
@@ -68,17 +62,15 @@ def write_config(folder: Path, **sections: object) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with checkpoints of steps 2 and 3, trained by SFT on what the task's own answers say."""
+    """A run with checkpoints of steps 2 and 3 that answer differently."""
     folder = tmp_path_factory.mktemp("sampled")
-    sections = {
-        "rollout": {**TREE["rollout"], "source": "dataset", "group_size": 1},
-        "train": {**TREE["train"], "prompts_per_iteration": 8},
-        "data": {**TREE["data"], "max_prompt_tokens": 16},
-        "rl": {"coef": 0},
-        "sft": {"coef": 1},
-    }
-    config = load_config(write_config(folder, **sections), [f"log.dir={folder / 'run'}"])
-    assert train(config, Console(quiet=True), lambda: False)
+    config = load_config(write_config(folder), [f"log.dir={folder / 'run'}"])
+    checkpoints = Checkpoints(folder / "run", write=True)
+    for step in (2, 3):
+        setup = make_setup(config.model_copy(update={"seed": 10 + step}))
+        checkpoints.save(step, setup.init_state(), {})
+    checkpoints.close()
+    save_config(config, folder / "run")
     return folder / "run"
 
 
@@ -253,7 +245,7 @@ def start_endless(tmp_path):
     path = write_config(tmp_path, mesh={"data": 1})
     command = [sys.executable, "-m", "kdrl_jax.main", "sample", "--config", str(path), "prompt=1+1"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    words = ["greedy=true", "rollout.max_new_tokens=20000"]
+    words = ["greedy=true", "rollout.max_new_tokens=8000"]
     return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
