@@ -35,6 +35,11 @@ class Checkpoints:
         """The newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Saves, unless this step is there already. Arrays may be donated afterwards.
 
@@ -62,10 +67,21 @@ class Checkpoints:
         found = self._manager.restore(step, args=args)
         return TrainState(params=found.params, **found.rest), found.host
 
-    def restore_params(self, abstract: Params) -> Params:
-        """Only the parameters of the newest checkpoint, laid out and cast as `abstract` says."""
+    def restore_params(self, abstract: Params, step: int | None = None) -> Params:
+        """Only the parameters, laid out and cast as `abstract` says.
+
+        Args:
+            step: which checkpoint; None is the newest.
+
+        Raises:
+            ValueError: there is none, or not at that step; it names those there.
+        """
+        newest = self._require()
+        if step is not None and step not in self.steps:
+            there = ", ".join(map(str, self.steps))
+            raise ValueError(f"step={step}: {self.directory} holds no such checkpoint; there are {there}")
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(self._require(), args=args).params
+        return self._manager.restore(newest if step is None else step, args=args).params
 
     def _require(self) -> int:
         if self.latest_step is None:

@@ -1,10 +1,13 @@
-"""`python -m kdrl_jax.main [train|eval|report] --config FILE_OR_RUN_DIR [section.key=value ...]`.
+"""`python -m kdrl_jax.main [COMMAND] --config FILE_OR_RUN_DIR [option=value ...] [section.key=value ...]`.
+
+COMMAND is train (if none is given), eval, sample, export or report.
 
 The only reader of argv and the environment. What concerns one command is imported by it, so that a
 misspelt key is answered at once.
 """
 
 import argparse
+import dataclasses
 import difflib
 import os
 import signal
@@ -14,10 +17,22 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from kdrl_jax.config import Config, ConfigError, load_config, load_run_config
+from kdrl_jax.config import (
+    COMMANDS,
+    Config,
+    ConfigError,
+    ExportOptions,
+    SampleOptions,
+    config_for_model,
+    load_config,
+    load_run_config,
+    options_help,
+    read_options,
+)
+from kdrl_jax.config.base import Section
+from kdrl_jax.config.load import RUN_CONFIG
 from kdrl_jax.types import TrainingError
 
-COMMANDS = ("train", "eval", "report")
 USAGE_ERROR = 2
 
 
@@ -43,6 +58,23 @@ class StopRequest:
         return self.signal is not None
 
 
+class Ended(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during a command that keeps nothing of what it has begun."""
+
+    def __init__(self, number: int):
+        self.signal = number
+
+
+def end_on_signals() -> None:
+    """Lets Ctrl-C and SIGTERM raise `Ended` wherever the program is."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
 class _Parser(argparse.ArgumentParser):
     """A mistake is one line and an exception, like every other mistake."""
 
@@ -50,15 +82,34 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
 
 
-def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
-    """Command, config path and overrides."""
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What the command line says."""
+
+    command: str
+    config: str
+    """The path after --config."""
+    options: Section | None
+    """The command's own options, if it has any."""
+    overrides: list[str]
+
+
+def parse(argv: Sequence[str]) -> Invocation:
+    """The command line. Raises ConfigError with one line for the user."""
     parser = _Parser(
         prog="python -m kdrl_jax.main",
         description="Post-train a language model by KDRL: distillation and reinforcement learning in one.",
+        epilog=options_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="[train|eval|report] [section.key=value ...]")
     parser.add_argument(
-        "--config", required=True, metavar="FILE_OR_RUN_DIR", help="a YAML file, or a run to go on with"
+        "words", nargs="*", metavar=f"[{'|'.join(COMMANDS)}] [option=value ...] [section.key=value ...]"
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE_OR_RUN_DIR",
+        help="a YAML file, or a run; sample and export also take a Hugging Face folder or a .gguf file",
     )
     args = parser.parse_intermixed_args(argv)
     words: list[str] = args.words
@@ -69,11 +120,40 @@ def parse(argv: Sequence[str]) -> tuple[str, str, list[str]]:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; commands are {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command {command!r}{hint}")
-    return command, args.config, words
+    kind = COMMANDS[command]
+    if kind is None:
+        return Invocation(command, args.config, None, words)
+    options, overrides = read_options(command, kind, words)
+    return Invocation(command, args.config, options, overrides)
 
 
-def load(path: str, overrides: Sequence[str]) -> Config:
-    return load_run_config(path, overrides) if Path(path).is_dir() else load_config(path, overrides)
+def load(call: Invocation) -> tuple[Config, bool]:
+    """The config, and whether it is that of an existing run.
+
+    Raises:
+        ConfigError: with one line for the user.
+    """
+    path = Path(call.config)
+    # Commands that train nothing take a model as it is.
+    if call.command in ("sample", "export") and _is_model(path):
+        return config_for_model(path, call.overrides), False
+    if path.is_dir():
+        return load_run_config(path, call.overrides), True
+    return load_config(path, call.overrides), False
+
+
+def _is_model(path: Path) -> bool:
+    """Whether it is a model's folder or .gguf file; raises ConfigError for a folder that is nothing."""
+    if not path.is_dir():
+        return path.suffix == ".gguf" and path.is_file()
+    if (path / RUN_CONFIG).exists():
+        return False
+    if (path / "config.json").exists() or any(path.glob("*.gguf")):
+        return True
+    raise ConfigError(
+        f"{path}: neither {RUN_CONFIG} (a run) nor config.json (a Hugging Face model) in this directory; "
+        "give a config file, a run, a model's folder or a .gguf file"
+    )
 
 
 def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
@@ -109,20 +189,50 @@ def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+def run_sample(config: Config, options: SampleOptions, is_run: bool) -> None:
+    from kdrl_jax.sample import sample
+
+    # As in a shell's $(...), the line break that ends a file is no part of the text.
+    question = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    try:
+        sample(config, options, question, is_run=is_run, out=sys.stdout, err=sys.stderr)
+    except BrokenPipeError:
+        # The reader (`| head -1`) has enough. What is still buffered must find no pipe at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_export(config: Config, options: ExportOptions, is_run: bool) -> None:
+    from rich.console import Console
+
+    from kdrl_jax.export import export
+
+    export(config, options, Console(), is_run=is_run)
+
+
+def _run(call: Invocation) -> int:
+    config, is_run = load(call)
+    if call.options is not None:
+        end_on_signals()
+        if isinstance(call.options, SampleOptions):
+            run_sample(config, call.options, is_run)
+        elif isinstance(call.options, ExportOptions):
+            run_export(config, call.options, is_run)
+        return 0
     commands: dict[str, Callable[[Config, StopRequest, bool], int]] = {
         "train": run_train,
         "eval": run_eval,
         "report": run_report,
     }
     stop = StopRequest()
+    stop.install()
+    return commands[call.command](config, stop, is_run)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
     try:
-        command, path, overrides = parse(sys.argv[1:] if argv is None else argv)
-        config = load(path, overrides)
-        stop.install()
         try:
-            return commands[command](config, stop, Path(path).is_dir())
+            return _run(parse(sys.argv[1:] if argv is None else argv))
         except RuntimeError as error:
             if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
                 raise TrainingError(
@@ -130,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "rollout.group_size or rollout.max_new_tokens, or set train.remat=true"
                 ) from error
             raise
+    except Ended as ended:
+        return 128 + ended.signal
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if os.environ.get("KDRL_TRACEBACK"):
             raise

@@ -37,6 +37,8 @@ class Found:
     config: DecoderConfig
     load: Callable[[Params], Params] | None
     """Abstract parameters with types and shardings -> parameters; None for random weights."""
+    source: ModelSource
+    """Where the model began, through all runs."""
     loads_int8: bool = False
     """Whether `load` itself quantises, tensor by tensor."""
 
@@ -172,6 +174,75 @@ def _prepare_student(
     return frozen, lambda: jax.jit(init, out_shardings=shardings)(seed_key(config.seed))
 
 
+@dataclasses.dataclass(frozen=True)
+class SingleModel:
+    """One model of a config, for commands that need no other (sample, export)."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    """The run's, which both models share."""
+    num_tokens: int
+    """Ids that are sampled; see `pairing.Pairing`."""
+    model: Model
+    source: ModelSource
+    """Where the model began: its family, and the files it came from."""
+    start: Callable[[], Params]
+    """The parameters as the config starts them; those of a student in float32, its master weights."""
+    restore: Callable[[Path, int | None], Params]
+    """The student's parameters at a run's checkpoint (None: the newest), adapters merged."""
+
+    def params(self, run_dir: str | None = None, step: int | None = None) -> Params:
+        """The whole parameters, on the devices.
+
+        Args:
+            run_dir: the run whose checkpoint to read; None takes them as the config starts them.
+            step: which checkpoint; None is the newest.
+
+        Raises:
+            ValueError: no such checkpoint; it names those there.
+        """
+        if run_dir is None:
+            return self.start()
+        return self.restore(Path(run_dir), step)
+
+
+def make_single(config: Config, role: Role) -> SingleModel:
+    """Finds and checks one model of a config; of the other, at most the tokenizer is read.
+
+    Raises:
+        ValueError, FileNotFoundError: one line naming what does not fit and what to do.
+    """
+    if role not in _roles(config):
+        raise ValueError(f"the config has no {role}; add a {role} section")
+    mesh = sharding.make_mesh(config.mesh)
+    finder = _Finder()
+    own: dict[Role, Tokenizer | None] = {}
+    if config.tokenizer.kind == "model":
+        own["student"] = finder.own_tokenizer(config, "student")
+        if own["student"] is None and config.teacher is not None:
+            own["teacher"] = finder.own_tokenizer(config, "teacher")
+    tokenizer = _choose_tokenizer(config, finder, own)
+    found = finder.find(config, role, tokenizer.vocab_size)
+    mine = finder.own_tokenizer(config, role)
+    sides = [Side(role, found.config, mine)]
+    chat = config.tokenizer.chat_template
+    pairing = compare(tokenizer, sides, same_end=False, longest=0, chat=chat).require()
+    described = _model_config(config, role)
+    compute_dtype = _dtype(described)
+    # Adapters begin as no change, and are merged where they were trained.
+    model = make_model(found.config, compute_dtype, Holding(int8=described.weights == "int8"))
+    dtype = jnp.float32 if role == "student" else compute_dtype
+    return SingleModel(
+        mesh=mesh,
+        tokenizer=tokenizer,
+        num_tokens=pairing.num_tokens,
+        model=model,
+        source=found.source,
+        start=lambda: _load(found, model, mesh, dtype, config.seed),
+        restore=lambda run, step: _load_run(run, config, found, abstract_params(model, mesh, dtype), step),
+    )
+
+
 def _roles(config: Config) -> list[Role]:
     return ["student"] if config.teacher is None else ["student", "teacher"]
 
@@ -217,9 +288,12 @@ class _Finder:
         if run is not None:
             trained = load_run_config(run)
             inner = self.find(trained, "student", num_tokens)
-            return Found(inner.config, lambda abstract: _load_run(run, trained, inner, abstract))
+            return Found(
+                inner.config, lambda abstract: _load_run(run, trained, inner, abstract), inner.source
+            )
         source = self._open(model) if model.path is not None else open_model(model, num_tokens)
-        return Found(source.config, source.load if source.has_weights else None, loads_int8=True)
+        load = source.load if source.has_weights else None
+        return Found(source.config, load, source, loads_int8=True)
 
     def _open(self, model: ModelConfig) -> ModelSource:
         if model not in self._sources:
@@ -227,23 +301,23 @@ class _Finder:
         return self._sources[model]
 
 
-def _load_run(run: Path, trained: Config, base: Found, abstract: Params) -> Params:
-    """The student of a run's newest checkpoint, its adapters merged if it has some."""
+def _load_run(run: Path, trained: Config, base: Found, abstract: Params, step: int | None = None) -> Params:
+    """The student of a run's checkpoint (None: the newest), its adapters merged if it has some."""
     mesh = jax.tree.leaves(abstract)[0].sharding.mesh
     holding = _holding(trained.student)
     if holding.lora is None:
-        return _restore(run, abstract)
+        return _restore(run, abstract, step)
     student = make_model(base.config, _dtype(trained.student), holding)
     frozen = _load(base, make_model(base.config), mesh, _dtype(trained.student), trained.seed)
-    saved = _restore(run, _abstract_trainable(student, mesh))
+    saved = _restore(run, _abstract_trainable(student, mesh), step)
     merged = adapters.merge(adapters.overlay(frozen, saved), holding.lora)
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), merged, abstract)
 
 
-def _restore(run: Path, abstract: Params) -> Params:
+def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:
     checkpoints = Checkpoints(run)
     try:
-        return checkpoints.restore_params(abstract)
+        return checkpoints.restore_params(abstract, step)
     finally:
         checkpoints.close()
 

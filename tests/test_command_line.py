@@ -10,7 +10,16 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kdrl_jax.config import Config, ConfigError, load_config, save_config
+from kdrl_jax.config import (
+    COMMANDS,
+    Config,
+    ConfigError,
+    ExportOptions,
+    SampleOptions,
+    load_config,
+    read_options,
+    save_config,
+)
 from kdrl_jax.config.load import _Dumper
 from kdrl_jax.main import main
 
@@ -50,6 +59,7 @@ def folder(tmp_path: Path) -> Path:
     (files / "orphan.yaml").write_text("extends: gone.yaml\n")
     (files / "twice.yaml").write_text("name: a\nname: b\n")
     (files / "latin.yaml").write_bytes(b"name: \xfcber\n")
+    (files / "model.gguf").write_bytes(b"GGUL\0\xff")
     (files / "broken_run").mkdir()
     (files / "broken_run/config.yaml").write_text("name: good\nseed: x\n")
     return files
@@ -99,6 +109,35 @@ BAD_INVOCATIONS = [
     ["good.yaml", "name=../up"],
     ["good.yaml", "eval", "kd.mask=respons"],
     ["good.yaml", "report", "log.dirr=x"],
+    # the commands with options of their own
+    ["good.yaml", "sample"],
+    ["good.yaml", "sample", "promt=x"],
+    ["good.yaml", "sample", "prompt"],
+    ["good.yaml", "sample", "what is 1.5 + 2?"],
+    ["good.yaml", "sample", "=3"],
+    ["good.yaml", "sample", "prompt=\udcff"],
+    ["good.yaml", "sample", "prompt=x", "out=y"],
+    ["good.yaml", "sample", "prompt=x", "sead=3"],
+    ["good.yaml", "sample", "prompt=x", "seed=x"],
+    ["good.yaml", "sample", "prompt=x", "kd.coeff=3"],
+    ["good.yaml", "sample", "prompt=x", "model=techer"],
+    ["good.yaml", "sample", "prompt=x", "greedy=perhaps"],
+    ["good.yaml", "sample", "prompt=x", "greedy=" + "[" * 3000],
+    ["good.yaml", "sample", "prompt=x", "step=-1"],
+    ["good.yaml", "sample", "prompt=x", "step=3"],  # not a run
+    ["good.yaml", "sample", "prompt=x", "model=teacher"],  # no-such-folder
+    [".", "sample", "prompt=x"],
+    ["good.yaml", "export"],
+    ["good.yaml", "export", "out="],
+    ["good.yaml", "export", "out=a\0b"],
+    ["good.yaml", "export", "out=x", "step=3"],
+    ["good.yaml", "export", "out=x", "dtype=float8"],
+    ["good.yaml", "export", "out=x", "max_shard_gib=0"],
+    ["good.yaml", "export", "out=x", "max_shard_gib=.inf"],
+    ["god.yaml", "export", "out=x"],
+    [".", "export", "out=x"],
+    ["model.gguf", "export", "out=x"],
+    ["model.gguf"],
 ]
 
 
@@ -133,6 +172,38 @@ def test_so_is_a_mistake_in_the_options(argv, tmp_path, monkeypatch, capsys):
         one_line(argv, tmp_path, capsys)
     except SystemExit as ended:
         pytest.fail(f"left main with status {ended.code} after: {capsys.readouterr().err}")
+
+
+def test_a_near_miss_is_named(folder, tmp_path, capsys):
+    def said(*words: str) -> str:
+        assert main(["--config", str(folder / "good.yaml"), *words]) == 2
+        return capsys.readouterr().err
+
+    assert "did you mean prompt" in said("sample", "promt=x")
+    assert "did you mean seed" in said("sample", "prompt=x", "sead=3")
+    assert "'out' is required" in said("export", "dtype=float32")
+    assert "options here: out=, dtype=" in said("export", "zzz=3")
+    assert "did you mean sample" in said("smaple")
+    assert all(name in said("deploy") for name in COMMANDS)
+
+
+PROMPTS = ["a: [b=c", "{x: 1}", "1e5", "yes", "", " x ", "- a\n- b\n", "null", "seed=3", "é\u2028'\"", "-"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_text_is_taken_as_it_is(prompt):
+    words = ["kd.coef=3", f"prompt={prompt}", "greedy=true", "seed=7", "name=x", "data.prompt_template=p=q"]
+    options, overrides = read_options("sample", SampleOptions, words)
+    assert options == SampleOptions(prompt=prompt, greedy=True)
+    assert overrides == ["kd.coef=3", "seed=7", "name=x", "data.prompt_template=p=q"]
+    assert read_options("export", ExportOptions, [f"out=x{prompt}", "max_shard_gib=1e-3"])[0] == (
+        ExportOptions(out=f"x{prompt}", max_shard_gib=0.001)
+    )
+
+
+def test_no_option_hides_a_setting():
+    for kind in filter(None, COMMANDS.values()):
+        assert not set(kind.model_fields) & set(Config.model_fields)
 
 
 # ---- Fuzz: whatever is written into a config, it loads or is answered with one line

@@ -39,7 +39,9 @@ FLOORS = {
     "step": 4,
     "eval": 5,
     "runs": 3,
+    "export": 5,
     "report": 5,
+    "sample": 5,
     "train": 5,
     "main": 6,
 }

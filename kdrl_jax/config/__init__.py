@@ -1,7 +1,14 @@
 """Every setting of a run: the typed schema, and how YAML and overrides become it."""
 
+from kdrl_jax.config.commands import (
+    COMMANDS,
+    ExportOptions,
+    SampleOptions,
+    options_help,
+    read_options,
+)
 from kdrl_jax.config.errors import ConfigError
-from kdrl_jax.config.load import differences, load_config, load_run_config, save_config
+from kdrl_jax.config.load import config_for_model, differences, load_config, load_run_config, save_config
 from kdrl_jax.config.schedules import Schedule
 from kdrl_jax.config.schema import (
     ArchitectureConfig,
@@ -26,12 +33,14 @@ from kdrl_jax.config.schema import (
 )
 
 __all__ = [
+    "COMMANDS",
     "ArchitectureConfig",
     "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "ExportOptions",
     "JsonlSourceConfig",
     "KDConfig",
     "LogConfig",
@@ -42,13 +51,17 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",
+    "SampleOptions",
     "Schedule",
     "SourceConfig",
     "TaskSourceConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "config_for_model",
     "differences",
     "load_config",
     "load_run_config",
+    "options_help",
+    "read_options",
     "save_config",
 ]

@@ -4,7 +4,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,25 @@ def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = 
     return _load(path, overrides, {"log": {"dir": str(run_dir)}})
 
 
+def config_for_model(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """A config around one model's files, for commands that train nothing (sample, export).
+
+    The student is the model; sampling stops after 256 tokens. What a config cannot do without (data,
+    steps) is filled in with values that these commands do not read. Everything else is the default.
+
+    Args:
+        path: a Hugging Face folder or a .gguf file.
+    """
+    tree = {
+        "name": "model",
+        "student": {"path": str(path)},
+        "data": {"train": [{"kind": "task", "task": "chain_sum"}]},
+        "rollout": {"max_new_tokens": 256},
+        "train": {"num_steps": 1},
+    }
+    return _build(str(path), lambda: tree, overrides, {})
+
+
 def save_config(config: Config, run_dir: str | os.PathLike[str]) -> None:
     """Writes the fully resolved config (defaults included) into the run directory, atomically."""
     target = Path(run_dir) / RUN_CONFIG
@@ -104,15 +123,21 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def _load(path: Path, overrides: Sequence[str], fixed: dict[str, Any]) -> Config:
+    return _build(str(path), lambda: _read(path, seen=()), overrides, fixed)
+
+
+def _build(
+    where: str, read: Callable[[], dict[str, Any]], overrides: Sequence[str], fixed: dict[str, Any]
+) -> Config:
     try:
-        tree = _read(path, seen=())
+        tree = read()
         for override in overrides:
             tree = _merge(tree, _parse_override(override))
         return Config.model_validate(_merge(tree, fixed))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe(error, Config)}") from None
+        raise ConfigError(f"{where}: {describe(error, Config)}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply to be a config") from None
+        raise ConfigError(f"{where}: nested too deeply to be a config") from None
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -131,7 +156,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    tree = _parse(text, str(path), is_file=True)
+    tree = parse_yaml(text, str(path), is_file=True)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -145,7 +170,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read(path.parent / parent, (*seen, where)), tree)
 
 
-def _parse(text: str, source: str, is_file: bool = False) -> Any:
+def parse_yaml(text: str, source: str, is_file: bool = False) -> Any:
     """The YAML value of a text.
 
     Raises:
@@ -213,7 +238,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     keys = key.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override {show(override)}: write section.key=value")
-    value = _parse(text, f"override {show(override)}")
+    value = parse_yaml(text, f"override {show(override)}")
     for part in reversed(keys):
         value = {part: value}
     return value

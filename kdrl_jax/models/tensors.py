@@ -235,6 +235,16 @@ def export(table: Sequence[Row], config: DecoderConfig, params: Params) -> Itera
             yield name, np.ascontiguousarray(_rearrange(tensor, f"{target}->{source}", sizes))
 
 
+def shapes(table: Sequence[Row], config: DecoderConfig) -> dict[str, Shape]:
+    """The file's tensors and their shapes, in the order in which `export` yields them."""
+    sizes = _sizes(config)
+    return {
+        name: _shape(row[2].split("->")[0], sizes)
+        for row in _used(table, config)
+        for name in _names(row, config)
+    }
+
+
 def _rearrange(tensor: np.ndarray, pattern: str, sizes: Mapping[str, int]) -> np.ndarray:
     letters = set(re.findall(r"\w+", pattern))
     return einops.rearrange(tensor, pattern, **{k: v for k, v in sizes.items() if k in letters})

@@ -7,7 +7,7 @@ on the device, and the shapes never change, so nothing recompiles.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,18 @@ class Carry:
     cache: KVCache
     steps: jax.Array
     """int32 scalar: decode steps so far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """How far a call is after some decode steps."""
+
+    carry: Carry
+    """To be read before the next chunk is asked for: that one takes its arrays over."""
+    num_tokens: int
+    """Completion tokens so far, over all rows."""
+    num_running: int
+    """Rows that go on."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is a request, not an error
@@ -108,6 +120,18 @@ class Engine:
         Raises:
             Stopped: when `should_stop` says so.
         """
+        for chunk in self.stream(params, prompts, key):
+            if on_chunk is not None:
+                on_chunk(chunk.num_tokens, chunk.num_running)
+            if chunk.num_running and should_stop is not None and should_stop():
+                raise Stopped
+        return self.rollouts(chunk.carry)
+
+    def stream(self, params: Params, prompts: Prompts, key: jax.Array) -> Iterator[Chunk]:
+        """As `generate`, one chunk of `decode_chunk` steps at a time (the first holds the prefill too).
+
+        The last one is the one without running rows; `rollouts` of its carry is the result.
+        """
         s = self.settings
         if prompts.tokens_PT.shape != (s.num_prompts, s.max_prompt_tokens):
             raise ValueError(
@@ -115,20 +139,21 @@ class Engine:
                 f"{(s.num_prompts, s.max_prompt_tokens)}"
             )
         put = functools.partial(jax.device_put, device=sharding.rows(self.mesh))
+        # Set for each call alone: whoever takes a chunk goes on without it.
         with jax.set_mesh(self.mesh):
             carry = self._start(
                 params, put(prompts.tokens_PT), put(prompts.lengths_P), put(prompts.draws_P), key
             )
-            while True:
+        num_running = 1
+        while num_running:
+            with jax.set_mesh(self.mesh):
                 carry, running, num_tokens = self._chunk(params, carry)
-                num_running = int(running)
-                if on_chunk is not None:
-                    on_chunk(int(num_tokens), num_running)
-                if num_running == 0:
-                    break
-                if should_stop is not None and should_stop():
-                    raise Stopped
-        ended = _ends(carry, s.end_ids)
+            num_running = int(running)
+            yield Chunk(carry, int(num_tokens), num_running)
+
+    def rollouts(self, carry: Carry) -> Rollouts:
+        """What the rows of a carry hold by now."""
+        ended = _ends(carry, self.settings.end_ids)
         return Rollouts(carry.tokens_BT, carry.prompt_lengths_B, carry.counts_B, ended, carry.logprobs_BT)
 
     def _logits(self, hidden: jax.Array, head: Head) -> jax.Array:

@@ -1,0 +1,151 @@
+"""The `sample` command: one completion of one prompt, printed as it is sampled."""
+
+import time
+from typing import TextIO
+
+import jax
+import numpy as np
+
+from kdrl_jax.config import Config, SampleOptions
+from kdrl_jax.data.chat import render_prompt
+from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.rollout.engine import Chunk, Engine, EngineSettings
+from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.setup import SingleModel, make_single
+from kdrl_jax.sharding import batch_shards
+from kdrl_jax.types import Prompts
+
+# Decode steps between two prints: enough to keep the device busy, few enough to watch.
+_CHUNK = 4
+# Prompts of about the same length share a compiled program.
+_WIDTH = 64
+
+
+def sample(
+    config: Config, options: SampleOptions, question: str, *, is_run: bool, out: TextIO, err: TextIO
+) -> None:
+    """Prints the completion to `out`, and one line about it to `err`.
+
+    The prompt goes through `data.prompt_template` and the chat template as in training; temperature is
+    `rollout.temperature`. The completion is the one of draw 0, sample 0 in a stream of its own: it follows
+    from `seed`, the prompt and the parameters.
+
+    Args:
+        question: the prompt.
+        is_run: the student is the newest checkpoint (or `options.step`) of the config's run, instead of
+            what the config starts it as.
+
+    Raises:
+        ValueError: a prompt that is too long or cannot be encoded, no such model or checkpoint.
+    """
+    if options.step is not None and (not is_run or options.model != "student"):
+        raise ValueError(
+            f"step={options.step} names a checkpoint of a run's student; give the run's directory and "
+            "model=student"
+        )
+    single = make_single(config, options.model)
+    ids = render_prompt(
+        single.tokenizer, question, config.data.prompt_template, config.tokenizer.chat_template
+    )
+    longest, limit = len(ids) + config.rollout.max_new_tokens, single.model.config.max_positions
+    if longest > limit:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, which with rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} makes {longest}, but the {options.model} was made for {limit} "
+            "positions; shorten the one or lower the other"
+        )
+    run_dir = config.run_dir if is_run and options.model == "student" else None
+    engine = make_engine(config, options, single, len(ids))
+    prompts = _prompts(ids, engine.settings)
+    params = single.params(run_dir, options.step)
+    key = jax.random.fold_in(seed_key(config.seed), 2**31 - 2)
+    text = TextStream(single.tokenizer)
+    timer = _Timer()
+    completion: list[int] = []
+    for chunk in engine.stream(params, prompts, key):
+        completion = _completion(chunk, len(ids))
+        timer.count(len(completion))
+        out.write(text.feed(completion, is_last=chunk.num_running == 0))
+        out.flush()
+    ended = completion[-1] in single.tokenizer.end_ids
+    why = "ended by its end token" if ended else "cut at rollout.max_new_tokens"
+    # On a terminal the completion's last line is still open.
+    start = "\n" if out.isatty() else ""
+    err.write(f"{start}{len(completion)} tokens, {why}, {timer}\n")
+
+
+class TextStream:
+    """The text of a growing completion, as far as no further token can change it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._given = 0
+
+    def feed(self, ids: list[int], *, is_last: bool) -> str:
+        """The text that is new and whole: all pieces together are `tokenizer.decode` of the last `ids`.
+
+        Args:
+            ids: all of the completion so far.
+            is_last: nothing follows, so that what was held back is given too.
+        """
+        text = self._tokenizer.decode(ids)
+        if not is_last:
+            # A character whose bytes are not all there decodes to this sign.
+            text = text.rstrip("\ufffd")
+        new = text[self._given :]
+        self._given = max(self._given, len(text))
+        return new
+
+
+class _Timer:
+    """Tokens per second after the first chunk, which compiles."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._last = (0, 0.0)
+
+    def count(self, num_tokens: int) -> None:
+        self._last = (num_tokens, time.monotonic())
+        self._first = self._first or self._last
+
+    def __str__(self) -> str:
+        assert self._first is not None
+        tokens, seconds = (b - a for a, b in zip(self._first, self._last, strict=True))
+        return f"{tokens / seconds:.1f} tokens/s" if tokens else "too short to time"
+
+
+def make_engine(config: Config, options: SampleOptions, single: SingleModel, num_tokens: int) -> Engine:
+    """An engine for one prompt of `num_tokens`, with the sampler that the config and the options say."""
+    tokenizer = single.tokenizer
+    settings = EngineSettings(
+        num_prompts=batch_shards(single.mesh),
+        group_size=1,
+        max_prompt_tokens=-(-num_tokens // _WIDTH) * _WIDTH,
+        max_new_tokens=config.rollout.max_new_tokens,
+        num_tokens=single.num_tokens,
+        end_ids=tokenizer.end_ids,
+        pad_id=tokenizer.pad_id,
+        decode_chunk=_CHUNK,
+        sampler=SamplerSettings(
+            temperature=config.rollout.temperature,
+            greedy=options.greedy,
+            top_k=config.eval.top_k,
+            top_p=config.eval.top_p,
+        ),
+    )
+    return Engine(single.model, settings, single.mesh)
+
+
+def _prompts(ids: list[int], settings: EngineSettings) -> Prompts:
+    """The prompt in every row: each device needs one, and row 0 is read."""
+    num = settings.num_prompts
+    tokens = np.full((num, settings.max_prompt_tokens), settings.pad_id, np.int32)
+    tokens[:, : len(ids)] = ids
+    lengths = np.full(num, len(ids), np.int32)
+    return Prompts(tokens, lengths, np.zeros(num, np.int32), (), (), (), ())
+
+
+def _completion(chunk: Chunk, start: int) -> list[int]:
+    # Copied to lists: a view of the arrays would keep the next chunk from taking them over.
+    count = np.asarray(chunk.carry.counts_B).tolist()[0]
+    return np.asarray(chunk.carry.tokens_BT)[0, start : start + count].tolist()
