@@ -56,6 +56,13 @@ def from_gguf(folder: Path) -> Tokenizer:
     return gguf_tokenizer(values, "x.gguf")
 
 
+def from_gguf_qwen2(folder: Path) -> Tokenizer:
+    # As R1-Distill-Qwen: without <|endoftext|>, which Qwen2's class of transformers has by default.
+    values = gguf_values(pre="qwen2", unknown_token_id=None)
+    values["tokenizer.ggml.tokens"][0] = "<|end▁of▁sentence|>"
+    return gguf_tokenizer(values, "x.gguf")
+
+
 def from_tiktoken(folder: Path) -> Tokenizer:
     write_ranks(folder)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
@@ -78,7 +85,7 @@ KINDS: dict[str, Callable[[Path], Tokenizer]] = {
     "hf": from_hf,
     "hf_alone": from_hf_alone,
     "gguf": from_gguf,
-    "gguf_qwen2": lambda folder: gguf_tokenizer(gguf_values(pre="qwen2", unknown_token_id=None), "x.gguf"),
+    "gguf_qwen2": from_gguf_qwen2,
     "smollm2": from_smollm2,
     "tiktoken": from_tiktoken,
     "llama": from_sentencepiece(llama),

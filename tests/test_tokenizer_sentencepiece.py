@@ -155,7 +155,7 @@ class TestAddedTokens:
         assert (parsed[0], parsed.count(332)) == (330, 1)
         assert tokenizer.decode([*parsed, 331, 2, 400]) == "Tom<think>Tom has"
         assert tokenizer.special_ids == {0, 1, 2, 330, 331}
-        assert "<think>" not in tokenizer.special_strings
+        assert set(tokenizer.special_strings) == {"<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"}
 
     def test_space_after_an_added_token(self, tmp_path: Path) -> None:
         folder = llama(tmp_path / "model", legacy=True)
@@ -167,10 +167,14 @@ class TestAddedTokens:
 
         always = pieces()
         assert (always[0], always[1][0], always[always.index("<think>") + 1][0]) == ("<|im_start|>", "▁", "▁")
-        assert load(folder).decode(load(folder).encode(text)) == text
         write(folder, tokenizer_config=LLAMA)
         assert not any(piece.startswith("▁") for piece in pieces())
-        assert load(folder).decode(load(folder).encode(text)) == text
+
+    @pytest.mark.parametrize("legacy", [True, False])
+    def test_round_trip(self, tmp_path: Path, legacy: bool) -> None:
+        tokenizer = load(llama(tmp_path / "model", legacy=legacy))
+        for text in ("<|im_start|>Tom<think>Tom", "Tom <think> Tom<think>", " <think><think>  has"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
 
     def test_end_and_padding_may_be_added_tokens(self, tmp_path: Path) -> None:
         folder = llama(tmp_path / "model", eos_token="<|im_end|>", pad_token="<|im_start|>")
@@ -194,7 +198,8 @@ class TestAddedTokens:
     def test_rules_on_spaces(self, tmp_path: Path) -> None:
         decoder = {"330": token("<|end|>", rstrip=True), "331": token("<a>", special=False, lstrip=True)}
         tokenizer = load(llama(tmp_path / "model", added_tokens_decoder=decoder))
-        assert tokenizer.encode("<|end|> \n<a>", special=True) == [330, 331]
+        with_space = tokenizer.encode("<|end|> \nTom", special=True)
+        assert with_space == tokenizer.encode("<|end|>Tom", special=True)
         assert tokenizer.encode("Tom  <a>") == [*tokenizer.encode("Tom"), 331]
 
     @pytest.mark.parametrize(

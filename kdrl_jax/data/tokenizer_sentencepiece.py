@@ -81,8 +81,8 @@ class SentencePieceTokenizer:
         )
         # Not the named padding, which may be an ordinary piece.
         self._silent = frozenset({*control, *self.end_ids, model.unk_id()})
-        by_length = sorted(self.special_ids, key=lambda i: (-len(self._strings[i]), i))
-        self.special_strings: tuple[str, ...] = tuple(self._strings[i] for i in by_length)
+        strings = {self._strings[i] for i in self.special_ids} - {""}
+        self.special_strings: tuple[str, ...] = tuple(sorted(strings))
         self._plain_ids = frozenset(i for i in metadata.added if i >= self._num_pieces) - self.special_ids
         self._plain = _Cutter(self._strings, self._plain_ids, metadata.added)
         self._any = _Cutter(self._strings, self._plain_ids | self.special_ids, metadata.added)

@@ -6,7 +6,6 @@ gives tiktoken's ids, so that nothing else has to know of the format.
 
 import base64
 import dataclasses
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -136,43 +135,20 @@ def _byte_alphabet() -> dict[int, int]:
 
 
 def _merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """At most one pair of tokens to merge for each token, in the order of ranks.
+    """All pairs of tokens that make a token, in the order of its rank.
 
-    tiktoken merges whatever two neighbours make a token, lowest rank first, then leftmost. Where it makes a
-    token, it has done inside the token's bytes what it would have done to them alone: nothing that crosses
-    the token's bounds was merged before. So a token has one last merge, wherever it stands, and a list with
-    these gives the same ids.
+    tiktoken merges whatever two neighbours make a token, lowest rank first, then leftmost; a list of pairs
+    merges the earliest pair first. They agree because of the pairs that make one token only one ever stands
+    in a text: with nothing merged across the token's bounds, its bytes were merged as they would be alone,
+    so the last two parts of them are the same everywhere.
     """
-    ranks = {token: i for i, token in enumerate(tokens)}
-    merges: list[tuple[bytes, bytes]] = []
-    for token in tokens:
-        splits = [
-            (token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks
-        ]
-        if len(splits) > 1:
-            last = _last_merge(token, ranks)
-            splits = [] if last is None else [last]
-        merges += splits
-    return merges
-
-
-def _last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens whose merge makes `token`; None if merging its bytes does not lead there."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    unranked = len(ranks)
-    pairs = [ranks.get(a + b, unranked) for a, b in itertools.pairwise(parts)]
-    while len(parts) > 2:
-        lowest = min(pairs)
-        if lowest == unranked:
-            return None
-        i = pairs.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del pairs[i]
-        if i > 0:
-            pairs[i - 1] = ranks.get(parts[i - 1] + parts[i], unranked)
-        if i < len(pairs):
-            pairs[i] = ranks.get(parts[i] + parts[i + 1], unranked)
-    return parts[0], parts[1]
+    known = frozenset(tokens)
+    return [
+        (token[:i], token[i:])
+        for token in tokens
+        for i in range(1, len(token))
+        if token[:i] in known and token[i:] in known
+    ]
 
 
 def _added_tokens(
