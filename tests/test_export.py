@@ -22,6 +22,8 @@ from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import ModelConfig, load_config, load_run_config
 from kdrl_jax.data.tokenizer import CharTokenizer
 from kdrl_jax.main import main
+from kdrl_jax.models.decoder import make_model
+from kdrl_jax.models.head import head_logits
 from kdrl_jax.models.hf import SafetensorsFolder
 from kdrl_jax.models.hf_write import write_tensors
 from kdrl_jax.models.load import open_model
@@ -83,7 +85,7 @@ def assert_same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
 def test_a_golden_checkpoint_comes_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = golden_model(tmp_path / "source", name)
     out = exported(source, tmp_path / "deep" / "er" / "out")
-    dtype = CHECKPOINTS[name][1]
+    dtype = CHECKPOINTS[name].dtype
     said = capsys.readouterr().out
     assert f"{sum(x.size for x in tensors_of(source).values()):,} parameters, {dtype}" in said
     # The type of the files, bit for bit: no tensor turned, no head of its own beside a tied one.
@@ -101,11 +103,22 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path):
     source = golden_model(tmp_path / "source", name)
     out = exported(source, tmp_path / "out", "max_shard_gib=1e-5")
     tokens, lengths = random_rows(7)
-    ours, theirs = (hf_logits(hf_model(folder), tokens, lengths) for folder in (out, source))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
+    ours, theirs = (
+        hf_logits(hf_model(folder), tokens, lengths, in_steps=CHECKPOINTS[name].in_steps)
+        for folder in (out, source)
+    )
+    # A matrix times one vector is summed in another order where the file lays tensors out otherwise.
+    limit = 5e-6 if CHECKPOINTS[name].in_steps else 1e-6
+    np.testing.assert_allclose(ours, theirs, rtol=limit, atol=limit * np.abs(theirs).max())
     configs = [transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (out, source)]
     if configs[1].get("head_dim") is None:  # left to be this
         configs[1]["head_dim"] = configs[1]["hidden_size"] // configs[1]["num_attention_heads"]
+    for config in configs:
+        if (config["rope_parameters"] or {}).get("rope_type") == "yarn":
+            # Its defaults are written out, and `mscale` as what follows from it; the logits are the same.
+            config["rope_parameters"] = {
+                k: v for k, v in config["rope_parameters"].items() if k in ("factor", "rope_theta")
+            }
     different = {
         key: [config.get(key) for config in configs]
         for key in configs[0] | configs[1]
@@ -144,7 +157,8 @@ def test_shards_hold_everything_once_and_are_as_large_as_said(tmp_path: Path):
 
 
 def loaded(folder: Path) -> dict:
-    return open_model(ModelConfig(path=str(folder))).load()
+    source = open_model(ModelConfig(path=str(folder)))
+    return source.load(make_model(source.config).abstract())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -244,7 +258,11 @@ def test_a_run_with_the_built_in_tokenizer_is_whole_for_transformers(run: Path, 
     setup = make_setup(load_run_config(run))
     params = jax.device_get(Checkpoints(run).restore_params(setup.abstract_state().params))
     decoder = setup.student.bind(params)
-    np.testing.assert_allclose(decoder.hidden(tokens) @ decoder.head_kernel(), logits, atol=2e-5)
+    np.testing.assert_allclose(
+        head_logits(decoder.hidden(tokens), decoder.output_head(), num_tokens=98, temperature=1.0),
+        logits,
+        atol=2e-5,
+    )
 
 
 # ---- All or nothing

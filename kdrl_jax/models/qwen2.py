@@ -51,15 +51,14 @@ def qwen_config(fields: Fields, **features: Any) -> DecoderConfig:
 
 def qwen_fields(config: DecoderConfig) -> dict[str, Any]:
     """The fields of config.json that Qwen2 and Qwen3 write alike."""
-    slides = any(config.sliding_layers)
-    return {
-        **hf_fields(config),
-        "hidden_act": "silu",
-        "use_sliding_window": slides,
+    fields = {**hf_fields(config), "hidden_act": "silu", "layer_types": hf_layer_types(config)}
+    if not any(config.sliding_layers):
+        return fields | {"use_sliding_window": False}
+    return fields | {
+        "use_sliding_window": True,
         "sliding_window": config.sliding_window,
         # Older readers know this one only; it says the same where the last layers slide.
-        "max_window_layers": config.sliding_layers.index(True) if slides else config.num_layers,
-        "layer_types": hf_layer_types(config),
+        "max_window_layers": config.sliding_layers.index(True),
     }
 
 
