@@ -16,6 +16,7 @@ import tokenizers
 import yaml
 from make_golden import CHECKPOINTS, GOLDEN, hf_logits, hf_model, random_rows
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kdrl_jax.checkpoint import Checkpoints
@@ -90,6 +91,8 @@ def test_a_golden_checkpoint_comes_back(name: str, tmp_path: Path, capsys: pytes
     assert f"{sum(x.size for x in tensors_of(source).values()):,} parameters, {dtype}" in said
     # The type of the files, bit for bit: no tensor turned, no head of its own beside a tied one.
     assert_same_bits(tensors_of(out), tensors_of(source))
+    with safe_open(out / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}  # which older transformers insist on
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation == {
         "eos_token_id": [0, 4], "bos_token_id": 1, "pad_token_id": 3, "temperature": 0.6, "do_sample": True,

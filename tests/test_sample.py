@@ -179,6 +179,14 @@ def test_a_model_folder_with_its_chat_template_and_its_positions(tmp_path, capsy
     sampled(capsys, folder, "rollout.max_new_tokens=2", prompt="w5 " * 60)  # 64 in all
 
 
+def test_a_student_with_a_tokenizer_needs_no_files_of_the_teacher(tmp_path):
+    models = {"student": {"path": str(word_model(tmp_path))}, "teacher": {"path": str(tmp_path / "absent")}}
+    config = load_config(write_config(tmp_path, tokenizer={"kind": "model"}, **models))
+    assert make_single(config, "student").tokenizer.vocab_size == 96
+    with pytest.raises(ValueError, match="absent"):
+        make_single(config, "teacher")
+
+
 # ---- Text as it comes
 
 

@@ -127,7 +127,7 @@ def write_tensors(
 
 def _header(group: Mapping[str, Shape], stored: str, itemsize: int) -> bytes:
     """Length and JSON of a safetensors header, padded so that the numbers are aligned."""
-    # transformers reads only files that say which library's layout they have.
+    # As torch writes it: older versions of transformers refuse files that do not say so.
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in group.items():
