@@ -100,7 +100,7 @@ class GGUFFile:
     def _decoder_config(self, family: Family) -> DecoderConfig:
         prefix = f"{family.name}."
         metadata = {
-            name.removeprefix(prefix): field.contents()
+            name.removeprefix(prefix): _shortest(field.contents())
             for name, field in self._fields.items()
             if name.startswith(prefix)
         }
@@ -126,3 +126,8 @@ class GGUFFile:
         if refused:
             raise ValueError(f"{', '.join(refused)} not supported; use a file without")
         return config
+
+
+def _shortest(value: Any) -> Any:
+    """A float32 as it was meant: 1e-05, not 9.999999747378752e-06, which is the same in float32."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
