@@ -120,7 +120,7 @@ class TokenizerConfig(Section):
     """`model`: the one beside the student's (or else the teacher's) weights; `char`: built in;
     `file`: at `path`."""
     path: str | None = None
-    """With kind `file`: a tokenizer.json, a .model (SentencePiece or tiktoken), a .gguf, or a folder holding one."""
+    """With kind `file`: a tokenizer.json, a SentencePiece or tiktoken .model, a .gguf, or their folder."""
     chat_template: Literal["auto", "none"] = "auto"
     """`auto` wraps prompts in the tokenizer's chat template if it has one; `none` never does."""
 
