@@ -73,9 +73,11 @@ class Compiled:
             hidden, cache = decoder.decode(tokens, positions, cache)
             return logits_of(decoder, hidden), cache
 
-        self.at_once = jax.jit(at_once)
-        self.prefill = jax.jit(prefill, static_argnames="room")
-        self.decode = jax.jit(decode)
+        # Instructions that LLVM need not make fast: the programs run once, and tiny.
+        quick = {"xla_backend_optimization_level": 0}
+        self.at_once = jax.jit(at_once, compiler_options=quick)
+        self.prefill = jax.jit(prefill, static_argnames="room", compiler_options=quick)
+        self.decode = jax.jit(decode, compiler_options=quick)
 
 
 compiled = functools.cache(Compiled)
