@@ -4,6 +4,7 @@ Logits are compared relative to the largest |logit| of the reference: max |ours 
 below 1e-4 of it, in float32, at every real position.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -51,17 +52,41 @@ def logits_of(decoder: Decoder, hidden: jax.Array) -> jax.Array:
     return head_logits(hidden, decoder.output_head(), num_tokens=vocabulary, temperature=1.0)
 
 
+class Compiled:
+    """What the tests run of a decoder. Compiling takes longest, so tests of one config share it."""
+
+    def __init__(self, config: DecoderConfig):
+        model = make_model(config)
+
+        def at_once(params: Params, tokens: jax.Array) -> jax.Array:
+            decoder = model.bind(params)
+            return logits_of(decoder, decoder.hidden(tokens))
+
+        def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, room: int) -> Any:
+            decoder = model.bind(params)
+            last, cache = decoder.prefill(tokens, lengths)
+            widths = [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]
+            return logits_of(decoder, last), tuple(jnp.pad(x, widths) for x in cache)
+
+        def decode(params: Params, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
+            decoder = model.bind(params)
+            hidden, cache = decoder.decode(tokens, positions, cache)
+            return logits_of(decoder, hidden), cache
+
+        # Instructions that LLVM need not make fast: the programs run once, and tiny.
+        quick = {"xla_backend_optimization_level": 0}
+        self.at_once = jax.jit(at_once, compiler_options=quick)
+        self.prefill = jax.jit(prefill, static_argnames="room", compiler_options=quick)
+        self.decode = jax.jit(decode, compiler_options=quick)
+
+
+compiled = functools.cache(Compiled)
+
+
 def logits_at_once(config: DecoderConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
     """[B, T, V] from one pass over right-padded rows."""
-    model = make_model(config)
-
-    @jax.jit
-    def run(params: Params, tokens: jax.Array) -> jax.Array:
-        decoder = model.bind(params)
-        return logits_of(decoder, decoder.hidden(tokens))
-
     with jax.default_matmul_precision("highest"):
-        return np.asarray(run(params, tokens))
+        return np.asarray(compiled(config).at_once(params, tokens))
 
 
 def logits_in_steps(
@@ -71,31 +96,17 @@ def logits_in_steps(
 
     Positions before a prompt's last, which prefill does not return, are NaN.
     """
-    model = make_model(config)
+    run = compiled(config)
     rows, length = tokens.shape
     width = int(prompt_lengths.max())
-
-    @jax.jit
-    def prefill(params: Params, tokens: jax.Array, lengths: jax.Array) -> Any:
-        decoder = model.bind(params)
-        last, cache = decoder.prefill(tokens, lengths)
-        room = [(0, 0), (0, 0), (0, 0), (0, length - width), (0, 0)]
-        return logits_of(decoder, last), tuple(jnp.pad(x, room) for x in cache)
-
-    @jax.jit
-    def decode(params: Params, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
-        decoder = model.bind(params)
-        hidden, cache = decoder.decode(tokens, positions, cache)
-        return logits_of(decoder, hidden), cache
-
     out = np.full((rows, length, config.vocab_size), np.nan, np.float32)
     row = np.arange(rows)
     with jax.default_matmul_precision("highest"):
-        logits, cache = prefill(params, tokens[:, :width], prompt_lengths)
+        logits, cache = run.prefill(params, tokens[:, :width], prompt_lengths, room=length - width)
         out[row, prompt_lengths - 1] = logits
         for step in range(length - int(prompt_lengths.min())):
             positions = np.minimum(prompt_lengths + step, length - 1)
-            logits, cache = decode(params, tokens[row, positions], positions, cache)
+            logits, cache = run.decode(params, tokens[row, positions], positions, cache)
             out[row, positions] = logits
     return out
 

@@ -6,9 +6,10 @@ backwards to export. Letters: V vocab, D embed, F mlp, N heads, K kv heads, H he
 the factors of H.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import einops
@@ -173,15 +174,9 @@ class _Place:
     ):
         self._stacked = stacked
         self._tensor_sharding = _without_layers(leaf.sharding) if stacked else leaf.sharding
-        self._axes = axes if scale is not None else None
         wanted = (leaf,) if scale is None else (leaf, scale)
-        shardings = tuple(x.sharding for x in wanted)
-        self._buffers = jax.jit(
-            lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in wanted), out_shardings=shardings
-        )()
-        self._write = jax.jit(
-            _fill, static_argnames="axes", donate_argnums=0, out_shardings=(shardings, None)
-        )
+        make, self._write = _programs(wanted, stacked, None if scale is None else axes)
+        self._buffers: tuple[jax.Array, ...] = make() if stacked else ()
 
     @property
     def leaf(self) -> jax.Array:
@@ -199,22 +194,40 @@ class _Place:
         else:
             # Each device gets its part of the host's array, which is a view of what was read.
             placed = jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
-        at = i if self._stacked else None
-        self._buffers, finite = self._write(self._buffers, placed, at, axes=self._axes)
+        self._buffers, finite = self._write(self._buffers, placed, np.int32(i))
         return finite
 
 
-def _fill(
-    buffers: tuple[jax.Array, ...],
-    tensor: jax.Array,
-    at: jax.Array | None,
-    axes: tuple[int, ...] | None,
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    new: tuple[jax.Array, ...] = (tensor,) if axes is None else quantize(tensor, axes)
-    new = tuple(x.astype(buffer.dtype) for x, buffer in zip(new, buffers, strict=True))
-    if at is not None:
-        new = tuple(buffer.at[at].set(x) for buffer, x in zip(buffers, new, strict=True))
-    return new, jnp.isfinite(tensor).all()
+@functools.cache
+def _programs(
+    wanted: tuple[jax.ShapeDtypeStruct, ...], stacked: bool, axes: tuple[int, ...] | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What makes the buffers of a leaf, and what writes a tensor to them; leaves that are alike share both.
+
+    Args:
+        wanted: the leaf, and its scales where it is in int8.
+        axes: that a scale is shared along; None for floats.
+    """
+    shardings = tuple(x.sharding for x in wanted)
+
+    def make() -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in wanted)
+
+    def write(
+        buffers: tuple[jax.Array, ...], tensor: jax.Array, at: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        new: tuple[jax.Array, ...] = (tensor,) if axes is None else quantize(tensor, axes)
+        new = tuple(x.astype(want.dtype) for x, want in zip(new, wanted, strict=True))
+        if stacked:
+            # Not `.at[at].set`: a scatter, for which the CPU turns all of a bfloat16 buffer into float32.
+            put = jax.lax.dynamic_update_index_in_dim
+            new = tuple(put(buffer, x, at, 0) for buffer, x in zip(buffers, new, strict=True))
+        return new, jnp.isfinite(tensor).all()
+
+    return (
+        jax.jit(make, out_shardings=shardings),
+        jax.jit(write, donate_argnums=0, out_shardings=(shardings, None)),
+    )
 
 
 def _without_layers(sharding: Any) -> Any:
