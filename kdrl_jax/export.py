@@ -104,7 +104,7 @@ def _write_texts(folder: Path, single: SingleModel, dtype: str) -> None:
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """`bos_token_id`, `eos_token_id` (all end ids, a list if there are several) and `pad_token_id`.
 
-    BOS is left out if the tokenizer names none.
+    Of a tokenizer that names no BOS it is null: left out, transformers would take the family's.
     """
     ends = list(tokenizer.end_ids)
     ids = {"eos_token_id": ends if len(ends) > 1 else ends[0], "pad_token_id": tokenizer.pad_id}
@@ -113,7 +113,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
         # Named, but no text begins with it.
         strings = tokenizer.token_strings()
         bos = strings.index(name) if name in strings else None
-    return ids if bos is None else ids | {"bos_token_id": bos}
+    return ids | {"bos_token_id": bos}
 
 
 def _progress(console: Console) -> Progress:

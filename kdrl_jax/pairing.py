@@ -260,7 +260,7 @@ def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """`decode`, with the tokens it leaves out written as well."""
-    silent = _silent_ids(tokenizer) | set(tokenizer.end_ids)
+    silent = _silent_ids(tokenizer)
     strings = tokenizer.token_strings()
     text, run = "", list[int]()
     for i in ids:

@@ -47,7 +47,7 @@ def sample(
     ids = render_prompt(
         single.tokenizer, question, config.data.prompt_template, config.tokenizer.chat_template
     )
-    longest, limit = len(ids) + config.rollout.max_new_tokens, single.model.config.max_positions
+    longest, limit = len(ids) + config.rollout.max_new_tokens, single.model.config.longest
     if longest > limit:
         raise ValueError(
             f"the prompt has {len(ids)} tokens, which with rollout.max_new_tokens="

@@ -23,7 +23,9 @@ class DecoderConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     max_positions: int = 1 << 20
-    """Positions the model was made for; longer rows are refused at start-up."""
+    """`max_position_embeddings` of its file; `longest` is what it means."""
+    states_stretched: bool = False
+    """Whether that is the context after `linear` RoPE stretched it, which most files do not count."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before they are turned."""
     post_norms: bool = False
@@ -52,10 +54,13 @@ class DecoderConfig:
 
     @property
     def longest(self) -> int:
-        """The longest row, in tokens. Of the stretched contexts, `linear` and `dynamic` files state the
-        one before."""
-        stretched = self.rope.kind in ("linear", "dynamic")
-        return int(self.max_positions * (self.rope.factor if stretched else 1))
+        """The longest row the model was made for, in tokens; longer ones are refused at start-up."""
+        rope = self.rope
+        if rope.kind in ("linear", "dynamic"):
+            return int(self.max_positions * (1 if self.states_stretched else rope.factor))
+        # A `yarn` that a user switches on often leaves `max_position_embeddings` as it was.
+        stretched = int(rope.factor * (rope.original_positions or 0))
+        return max(self.max_positions, stretched)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -23,6 +23,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False,),
     "is_causal": (True,),
     "use_mrope": (False,),
+    "use_dynamic_ntk": (False,),
+    "use_logn_attn": (False,),
+    "use_qk_norm": (False,),
     "rope_interleaved": (False,),
     "pruned_heads": ({},),
     "chunk_size_feed_forward": (0,),
@@ -46,11 +49,13 @@ _READ = {
     "original_max_position_embeddings",
     "hidden_act",
 }
-# What describes the file, the tokenizer, training or sampling. Names that begin with an underscore or end
-# in `_token_id`, `_token_index` or `_version` are of this kind too.
+# What describes the file, the tokenizer, training or sampling. Names that end in `_token_id`,
+# `_token_index` or `_version` are of this kind too.
 # fmt: off
 _DESCRIPTIVE = {
-    "architectures", "model_type", "dtype", "torch_dtype", "initializer_range", "use_cache",
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
+    "_sliding_window_pattern", "architectures", "model_type", "dtype", "torch_dtype", "initializer_range",
+    "use_cache",
     "attention_dropout", "hidden_dropout", "output_attentions", "output_hidden_states", "return_dict",
     "return_dict_in_generate", "output_scores", "torchscript", "use_bfloat16", "tf_legacy_loss",
     "is_decoder", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
@@ -67,11 +72,7 @@ _DESCRIPTIVE = {
 
 
 def _is_descriptive(name: str) -> bool:
-    return (
-        name in _DESCRIPTIVE
-        or name.startswith("_")
-        or name.endswith(("_token_id", "_token_ids", "_token_index", "_version"))
-    )
+    return name in _DESCRIPTIVE or name.endswith(("_token_id", "_token_ids", "_token_index", "_version"))
 
 
 def check_fields(fields: Fields, supported: Mapping[str, tuple[Any, ...]], read: Sequence[str]) -> None:
@@ -88,13 +89,19 @@ def check_fields(fields: Fields, supported: Mapping[str, tuple[Any, ...]], read:
     experts = [f"{name}={given[name]!r}" for name in _EXPERTS if given.get(name)]
     if experts:
         raise ValueError(f"{', '.join(experts)}: mixture of experts is not supported; use a dense model")
+    if given.get("quantization_config"):
+        raise ValueError(
+            f"quantization_config={given['quantization_config']!r} not supported; use the model that has not "
+            "been quantised"
+        )
     supported = _SUPPORTED | dict(supported)
     wrong = [f"{n}={given[n]!r}" for n in supported if n in given and given[n] not in supported[n]]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} not supported; use a model without")
-    known = _READ | supported.keys() | set(read) | set(_EXPERTS)
-    # What is off, empty or zero asks for nothing.
-    strange = [f"{n}={v!r}" for n, v in given.items() if v and n not in known and not _is_descriptive(n)]
+    known = _READ | {"quantization_config"} | supported.keys() | set(read) | set(_EXPERTS)
+    unread = {n: v for n, v in given.items() if n not in known and not _is_descriptive(n)}
+    # What is empty asks for nothing; false and 0 may switch something off.
+    strange = [f"{n}={v!r}" for n, v in unread.items() if v not in ("", [], {})]
     if strange:
         raise ValueError(
             f"{', '.join(strange)} is not known here, and may change what the model computes; if it does "

@@ -72,11 +72,12 @@ def _cap(fields: Fields, name: str) -> float | None:
 
 def gemma2_from_hf(fields: Fields) -> DecoderConfig:
     """A decoder config from config.json; raises ValueError naming what is not supported."""
-    # A cap that is null is none; only one that is left out has a default.
+    # A cap that is null is none; only one that is left out has a default. `sliding_window_size` stands
+    # beside `sliding_window` in published files, and transformers reads the latter.
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     absent = {name: value for name, value in caps.items() if name not in fields}
     fields = with_defaults(fields, **_DEFAULTS, max_position_embeddings=8192, **absent)
-    check_fields(fields, _SUPPORTED, read=(*_READ, "attn_logit_softcapping"))
+    check_fields(fields, _SUPPORTED, read=(*_READ, "attn_logit_softcapping", "sliding_window_size"))
     slides = [i % 2 == 0 for i in range(size(fields, "num_hidden_layers"))]
     return decoder_config(
         fields,
@@ -103,6 +104,8 @@ def gemma3_from_hf(fields: Fields) -> DecoderConfig:
         fields,
         rope=full,
         sliding_rope=sliding,
+        # Unlike other files with linear RoPE, these state the context after stretching.
+        states_stretched=True,
         qk_norm=True,
         query_scale=_query_scale(fields),
         final_softcap=_cap(fields, "final_logit_softcapping"),

@@ -46,6 +46,8 @@ _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_
 class GGUFFile:
     """An opened GGUF file."""
 
+    unreadable: tuple[str, ...] = ()
+
     def __init__(self, path: Path):
         """Raises ValueError if it is not a whole GGUF file, or the `gguf` package is not there."""
         with path.open("rb") as file:

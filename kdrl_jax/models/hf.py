@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.families import Family, family_of
+from kdrl_jax.models.fields import check_fields
 from kdrl_jax.models.tensors import Shape
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -41,21 +42,36 @@ def read_config(folder: Path) -> tuple[Family, DecoderConfig]:
         ValueError: naming the file and each field that is not supported.
     """
     path = folder / "config.json"
-    fields = _text_model(read_json(path))
+    fields = read_json(path)
     try:
+        fields = _text_model(fields) if has_vision(fields) else fields
         family = family_of(fields)
         return family, family.config_from_hf(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
+def has_vision(fields: dict[str, Any]) -> bool:
+    """Whether a config.json is of a Gemma 3 with vision, of which the text model is used."""
+    return fields.get("model_type") == "gemma3" and isinstance(fields.get("text_config"), dict)
+
+
 def _text_model(fields: dict[str, Any]) -> dict[str, Any]:
-    """The part of a Gemma 3 with vision that describes its text model."""
-    if fields.get("model_type") != "gemma3" or not isinstance(fields.get("text_config"), dict):
-        return fields
+    """The config of the text model inside one with vision.
+
+    Raises:
+        ValueError: for fields beside it that are not known, or contradict it.
+    """
+    outer = {k: v for k, v in fields.items() if k not in ("text_config", "vision_config")}
+    check_fields(outer, {}, read=("mm_tokens_per_image",))
     text = {"model_type": "gemma3_text"} | fields["text_config"]
-    outer = fields.get("quantization_config")
-    return text | ({"quantization_config": outer} if outer else {})
+    tied = [x for x in (outer.get("tie_word_embeddings"), text.get("tie_word_embeddings")) if x is not None]
+    if len(set(tied)) > 1:
+        raise ValueError(
+            f"tie_word_embeddings={tied[0]!r} and text_config.tie_word_embeddings={tied[1]!r} contradict "
+            "each other; keep the one the model was trained with"
+        )
+    return text | ({"tie_word_embeddings": tied[0]} if tied else {})
 
 
 def _text_name(name: str) -> str | None:
@@ -78,28 +94,29 @@ class SafetensorsFolder:
     A file is mapped into memory only while one tensor is read, so that what was read is given back.
     """
 
+    unreadable: tuple[str, ...]
+    """Tensors that do not hold floats, as `name (type)`."""
+
     def __init__(self, folder: Path):
-        """Raises ValueError if files are absent, not whole, or not of floating type."""
+        """Raises ValueError if files are absent or not whole, or name a tensor twice."""
         self.where = str(folder)
         self._places: dict[str, tuple[Path, str]] = {}
         self._shapes: dict[str, Shape] = {}
         types: dict[str, str] = {}
+        vision = has_vision(read_json(folder / "config.json"))
         for path in _shards(folder):
             reader = _open(path)
             for stored in reader.keys():  # noqa: SIM118  (not a dict)
-                name = _text_name(stored)
+                name = _text_name(stored) if vision else stored
                 if name is None:
                     continue
+                if name in self._places:
+                    raise ValueError(f"{folder} holds {name} twice; get the files again")
                 tensor = reader.get_slice(stored)
                 self._places[name] = (path, stored)
                 self._shapes[name] = tuple(tensor.get_shape())
                 types[name] = tensor.get_dtype()
-        quantised = [f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS]
-        if quantised:
-            raise ValueError(
-                f"{folder}: {', '.join(quantised)} not of type {', '.join(_FLOATS)}; "
-                "use the model that has not been quantised"
-            )
+        self.unreadable = tuple(f"{name} ({kind})" for name, kind in types.items() if kind not in _FLOATS)
 
     @property
     def shapes(self) -> Mapping[str, Shape]:

@@ -39,11 +39,14 @@ GGUF_TENSORS: tuple[Row, ...] = (
 def qwen_config(fields: Fields, **features: Any) -> DecoderConfig:
     """What Qwen2 and Qwen3 read alike: with `use_sliding_window`, layers from `max_window_layers` on
     slide, unless `layer_types` says which."""
-    window = fields.get("sliding_window") if fields.get("use_sliding_window") else None
+    # Null is no window; only one that is left out has a default.
+    window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window") else None
     fields = with_defaults(fields, num_key_value_heads=fields.get("num_attention_heads"))
     own = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     check_fields(fields, {"hidden_act": ("silu", "swish")}, read=own)
     first = fields.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ValueError(f"max_window_layers={first!r}; it has to be an integer, 0 or more")
     default = [window is not None and i >= first for i in range(size(fields, "num_hidden_layers"))]
     sliding = sliding_fields(fields, default, window)
     return decoder_config(fields, rope=rope_from_hf(fields), **sliding, **features)

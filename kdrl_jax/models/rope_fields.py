@@ -11,8 +11,9 @@ Fields = Mapping[str, Any]
 # Kind -> the settings it has besides `rope_type`, `rope_theta` and `partial_rotary_factor`.
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
+    # Of these two, transformers reads no original length.
+    "linear": ("factor", "original_max_position_embeddings"),
+    "dynamic": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         "factor",

@@ -26,7 +26,7 @@ Row = tuple[str, str, str]
 Shape = tuple[int, ...]
 
 # Buffers that old checkpoints carry and that follow from the config.
-_HARMLESS = re.compile(r"\.rotary_emb\.inv_freq$")
+_HARMLESS = re.compile(r"\.(rotary_emb\.inv_freq|position_ids|masked_bias)$")
 
 
 class TensorFile(Protocol):
@@ -40,8 +40,12 @@ class TensorFile(Protocol):
     def shapes(self) -> Mapping[str, Shape]:
         """Every tensor in the file."""
 
+    @property
+    def unreadable(self) -> Sequence[str]:
+        """Tensors that `read` cannot give, as `name (type)`."""
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor, of any floating type."""
+        """One tensor, of any floating type; raises ValueError where it cannot be decoded."""
 
 
 def _sizes(config: DecoderConfig) -> dict[str, int]:
@@ -98,8 +102,13 @@ def problems(table: Sequence[Row], config: DecoderConfig, file: TensorFile) -> l
     allowed = {name for row in table for name in _names(row, config)}
     missing = expected.keys() - file.shapes.keys()
     extra = {name for name in file.shapes.keys() - allowed if not _HARMLESS.search(name)}
+    # A tied head need not be there, but if it is, it has the embedding's shape.
+    expected |= _tied_heads(table, config, file)
     wrong = [name for name in expected if name in file.shapes and file.shapes[name] != expected[name]]
     parts = []
+    integers = [name for name in file.unreadable if not _HARMLESS.search(name.split(" ")[0])]
+    if integers:
+        parts.append(f"not floats: {_collapse(integers)} (use the model that has not been quantised)")
     if missing:
         parts.append(f"missing tensors: {_collapse(missing)}")
     if extra:
@@ -111,9 +120,22 @@ def problems(table: Sequence[Row], config: DecoderConfig, file: TensorFile) -> l
         shown = (f"{_collapse(names)} is {difference}" for difference, names in differences.items())
         parts.append(f"wrong shapes: {', '.join(shown)}")
     if parts:
-        found = [name for name in file.shapes if not np.isfinite(file.read(name)).all()]
+        found = [name for name in file.shapes if not _is_finite(file, name)]
         parts += [_not_finite(found)] if found else []
     return parts
+
+
+def _is_finite(file: TensorFile, name: str) -> bool:
+    try:
+        return bool(np.isfinite(file.read(name)).all())
+    except (ValueError, TypeError):  # not decoded: nothing can be said of its numbers
+        return True
+
+
+def _tied_heads(table: Sequence[Row], config: DecoderConfig, file: TensorFile) -> dict[str, Shape]:
+    """Name and right shape of the head that a tied model's file holds beside the embedding, if it does."""
+    names = [row[0] for row in table if row[1] == "head" and row[0] in file.shapes]
+    return dict.fromkeys(names if config.tie_embeddings else [], (config.vocab_size, config.embed_dim))
 
 
 def _not_finite(names: Iterable[str]) -> str:
@@ -138,8 +160,16 @@ def load(
         abstract: the type and sharding of each leaf; leaves that the table lacks are left out.
 
     Raises:
-        ValueError: naming every tensor that holds NaN or infinity.
+        ValueError: naming every tensor that holds NaN or infinity, or a tied head that is another matrix.
     """
+    for head in _tied_heads(table, config, file):
+        embedding = next(row[0] for row in table if row[1] == "embed")
+        # Bytes, in which a NaN is itself: those are reported below.
+        if not np.array_equal(*(file.read(name).view(np.uint8) for name in (head, embedding))):
+            raise ValueError(
+                f"{file.where}: {head} is not {embedding}, though tie_word_embeddings is true; set it to "
+                "false in config.json if the model was trained so, or remove the tensor"
+            )
     params: Params = {}
     finite: list[tuple[str, jax.Array]] = []
     # What is not stacked is largest, and comes while little else is there.
