@@ -236,8 +236,8 @@ def _load_run(run: Path, trained: Config, base: Found, abstract: Params) -> Para
     student = make_model(base.config, _dtype(trained.student), holding)
     frozen = _load(base, make_model(base.config), mesh, _dtype(trained.student), trained.seed)
     saved = _restore(run, _abstract_trainable(student, mesh))
-    merged = adapters.merge(adapters.overlay(frozen, saved), holding.lora)
-    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), merged, abstract)
+    wanted = jax.tree.leaves(abstract)[0].dtype
+    return adapters.merge(adapters.overlay(frozen, saved), holding.lora, wanted)
 
 
 def _restore(run: Path, abstract: Params) -> Params:

@@ -36,11 +36,14 @@ def overlay(base: Params, top: Params) -> Params:
     return merged
 
 
-def merge(params: Params, lora: LoRA) -> Params:
+def merge(params: Params, lora: LoRA, dtype: Any = None) -> Params:
     """The parameters of the model without adapters that computes the same: W + alpha / rank * A B.
 
-    Each weight is summed in float32 and returned in its own type; compiled leaf by leaf, so that no second
-    model is held.
+    Each weight is summed in float32; compiled leaf by leaf, so that no second model is held.
+
+    Args:
+        dtype: of all that is returned; None keeps each leaf's own. Summed into bfloat16 weights, most of
+            what small adapters have learnt would be rounded away.
     """
     adapters, base = split(params)
 
@@ -51,16 +54,16 @@ def merge(params: Params, lora: LoRA) -> Params:
             if isinstance(value, dict):
                 out[name] = walk(value, adapters.get(name, {}))
             elif a is None or b is None:
-                out[name] = value
+                out[name] = value.astype(dtype or value.dtype)
             else:
-                add = jax.jit(_add, static_argnums=(3, 4), out_shardings=value.sharding)
-                out[name] = add(value, a, b, name, lora.scale)
+                add = jax.jit(_add, static_argnums=(3, 4, 5), out_shardings=value.sharding)
+                out[name] = add(value, a, b, name, lora.scale, dtype or value.dtype)
         return out
 
     return walk(base, adapters)
 
 
-def _add(weight: jax.Array, a: jax.Array, b: jax.Array, name: str, scale: float) -> jax.Array:
+def _add(weight: jax.Array, a: jax.Array, b: jax.Array, name: str, scale: float, dtype: Any) -> jax.Array:
     reads, writes = (dims.lower().replace(" ", "") for dims in READS_AND_WRITES[name])
     product = jnp.einsum(f"l{reads}r,lr{writes}->l{reads}{writes}", a, b, precision="highest")
-    return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)
+    return (weight.astype(jnp.float32) + scale * product).astype(dtype)
