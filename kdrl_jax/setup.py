@@ -308,10 +308,13 @@ def _load_run(run: Path, trained: Config, base: Found, abstract: Params, step: i
     if holding.lora is None:
         return _restore(run, abstract, step)
     student = make_model(base.config, _dtype(trained.student), holding)
-    frozen = _load(base, make_model(base.config), mesh, _dtype(trained.student), trained.seed)
     saved = _restore(run, _abstract_trainable(student, mesh), step)
-    merged = adapters.merge(adapters.overlay(frozen, saved), holding.lora)
-    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), merged, abstract)
+    wanted = jax.tree.leaves(abstract)[0].dtype
+    # Not in the type it was computed in: what was not trained is written as it was read.
+    frozen = _load(base, make_model(base.config), mesh, wanted, trained.seed)
+    whole = adapters.overlay(frozen, saved)
+    del frozen  # `merge` takes the leaves out of the only tree that holds them
+    return adapters.merge(whole, holding.lora, wanted)
 
 
 def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:

@@ -43,8 +43,8 @@ class TokenWeights:
 class Objective:
     """The loss of a minibatch, and the compiled functions made from it.
 
-    All arrays of a `TrainBatch` have the minibatch's rows; `teacher_head` is the teacher's head
-    [D, V], needed by the exact divergence alone.
+    All arrays of a `TrainBatch` have the minibatch's rows; `teacher_head` is needed by the exact
+    divergence alone.
     """
 
     config: Config

@@ -95,7 +95,7 @@ class TrainState:
     step: jax.Array
     """int32 scalar: optimizer updates so far, skipped ones included."""
     params: Params
-    """The student's float32 master weights."""
+    """What of the student is trained, in float32: all its weights, or its adapters alone."""
     opt_state: Any
     skipped: jax.Array
     """int32 scalar: updates skipped in a row because they were not finite."""

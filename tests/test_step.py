@@ -85,6 +85,14 @@ def kernel(c, seed=1):
     return TEACHER.bind(teacher_params(seed)).output_head() if c.kd.estimator == "full" else None
 
 
+def wider_head(c, columns, fill):
+    """The teacher's (tied) head with so many columns of padding more."""
+    head = kernel(c)
+    return dataclasses.replace(
+        head, kernel=jnp.pad(head.kernel, ((0, columns), (0, 0)), constant_values=fill)
+    )
+
+
 def gradient(c, batch=None, seed=1, head=HEAD):
     """Gradient of the minibatch's loss, as SGD with learning rate 1 would apply it."""
     batch = make_batch(c, seed=seed) if batch is None else batch
@@ -211,7 +219,7 @@ def test_padded_columns_of_the_vocabulary_change_nothing():
         c = config(kd={"estimator": "full"})
         objective = Objective(c, wide, HEAD)
         batch = make_batch(c)
-        teacher = jnp.pad(kernel(c), ((0, 0), (0, 4)), constant_values=-fill)
+        teacher = wider_head(c, 4, -fill)
         coefs = objective.coefs(jnp.zeros((), jnp.int32))
         grad = jax.grad(lambda p: objective.loss(p, batch, objective.weigh(batch), coefs, teacher)[0])
         return grad(params)
@@ -231,7 +239,7 @@ def test_student_and_teacher_may_pad_their_vocabularies_differently():
     wide = make_model(dataclasses.replace(STUDENT.config, vocab_size=V + 4))
     params = {**PARAMS, "head": jnp.pad(PARAMS["head"], ((0, 0), (0, 4)), constant_values=3.0)}
     params["embed"] = jnp.pad(PARAMS["embed"], ((0, 4), (0, 0)))
-    teacher = jnp.pad(kernel(c), ((0, 0), (0, 9)), constant_values=-5.0)
+    teacher = wider_head(c, 9, -5.0)
     found = [
         Objective(c, model, HEAD).sums(p, batch, Objective(c, model, HEAD).weigh(batch), k)[0]["kd"]
         for model, p, k in ((STUDENT, PARAMS, kernel(c)), (wide, params, teacher))

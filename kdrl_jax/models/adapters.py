@@ -20,7 +20,7 @@ def split(params: Params) -> tuple[Params, Params]:
                 adapters[name] = inner
             if outer:
                 rest[name] = outer
-        elif name.endswith(("_lora_a", "_lora_b")):
+        elif _is_adapter(name):
             adapters[name] = value
         else:
             rest[name] = value
@@ -36,31 +36,35 @@ def overlay(base: Params, top: Params) -> Params:
     return merged
 
 
-def merge(params: Params, lora: LoRA) -> Params:
+def merge(params: Params, lora: LoRA, dtype: Any = None) -> Params:
     """The parameters of the model without adapters that computes the same: W + alpha / rank * A B.
 
-    Each weight is summed in float32 and returned in its own type; compiled leaf by leaf, so that no second
-    model is held.
+    Each weight is summed in float32, and taken out of `params` for it, so that no second model is held.
+
+    Args:
+        params: of a model with adapters, as `overlay` gives them.
+        dtype: of all that is returned; None keeps each leaf's own. Summed into bfloat16 weights, most of
+            what small adapters have learnt would be rounded away.
     """
-    adapters, base = split(params)
-
-    def walk(base: Params, adapters: Params) -> Params:
-        out: dict[str, Any] = {}
-        for name, value in base.items():
-            a, b = adapters.get(f"{name}_lora_a"), adapters.get(f"{name}_lora_b")
-            if isinstance(value, dict):
-                out[name] = walk(value, adapters.get(name, {}))
-            elif a is None or b is None:
-                out[name] = value
-            else:
-                add = jax.jit(_add, static_argnums=(3, 4), out_shardings=value.sharding)
-                out[name] = add(value, a, b, name, lora.scale)
-        return out
-
-    return walk(base, adapters)
+    out: dict[str, Any] = {}
+    for name in [name for name in params if not _is_adapter(name)]:
+        value = params[name]
+        if isinstance(value, dict):
+            out[name] = merge(value, lora, dtype)
+        elif f"{name}_lora_a" in params:
+            a, b = params[f"{name}_lora_a"], params[f"{name}_lora_b"]
+            add = jax.jit(_add, static_argnums=(3, 4, 5), out_shardings=value.sharding)
+            out[name] = add(params.pop(name), a, b, name, lora.scale, dtype or value.dtype)
+        else:
+            out[name] = value.astype(dtype or value.dtype)
+    return out
 
 
-def _add(weight: jax.Array, a: jax.Array, b: jax.Array, name: str, scale: float) -> jax.Array:
+def _is_adapter(name: str) -> bool:
+    return name.endswith(("_lora_a", "_lora_b"))
+
+
+def _add(weight: jax.Array, a: jax.Array, b: jax.Array, name: str, scale: float, dtype: Any) -> jax.Array:
     reads, writes = (dims.lower().replace(" ", "") for dims in READS_AND_WRITES[name])
     product = jnp.einsum(f"l{reads}r,lr{writes}->l{reads}{writes}", a, b, precision="highest")
-    return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)
+    return (weight.astype(jnp.float32) + scale * product).astype(dtype)

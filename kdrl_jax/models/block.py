@@ -3,6 +3,10 @@
 A weight reads some dimensions and writes others: `q` reads D and writes N and H. From these follow its
 shape, its product, the shape of its scales and of its adapter. The parameters of a weight `q` are `q`
 itself and, where they are there, `q_bias`, `q_scale` (int8), `q_lora_a` and `q_lora_b`.
+
+The adapters are our own. qwix 0.1.8 finds a weight by the module whose `__call__` is running, and a layer
+that is merged inside `lax.scan` is none that it knows: it raises "Current module is not known". Before
+that, the random state that it hangs on every module has no L, so that the layers can no longer be scanned.
 """
 
 import dataclasses
@@ -111,7 +115,7 @@ class Block(nnx.Module):
         lora = self.holding.lora
         if lora is not None and name in lora.targets:
             a, b = f"L {reads} R", f"L R {writes}"
-            self._hold(f"{name}_lora_a", a, jax.random.normal(rngs.params(), self._shape(a)) * deviation)
+            self._hold(f"{name}_lora_a", a, jax.random.normal(rngs.lora(), self._shape(a)) * deviation)
             # Zero, so that an adapter begins as no change.
             self._hold(f"{name}_lora_b", b, jnp.zeros(self._shape(b)))
 
@@ -124,8 +128,9 @@ class Block(nnx.Module):
 
         y = jnp.einsum(f"...{reads},{reads}{writes}->...{writes}", x, held(""))
         if self.holding.int8:
-            # A scale per output leaves the sum, so that the product itself reads 8-bit weights.
-            y = y * held("_scale")
+            # A scale per output leaves the sum, so that the product itself reads 8-bit weights. In
+            # float32: bfloat16 would round it for every input alike.
+            y = (y * self.read(f"{name}_scale")).astype(x.dtype)
         if hasattr(self, f"{name}_bias"):
             y = y + held("_bias")
         lora = self.holding.lora

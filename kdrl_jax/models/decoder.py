@@ -110,9 +110,10 @@ class Decoder(Block):
         return Head(self.read(name), scale, tied=c.tie_embeddings, softcap=c.final_softcap)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = self.read("embed")[tokens].astype(self.compute_dtype)
+        x = self.read("embed")[tokens]
         if self.holding.int8:
-            x = x * self.read("embed_scale")[tokens][..., None].astype(self.compute_dtype)
+            x = x * self.read("embed_scale")[tokens][..., None]
+        x = x.astype(self.compute_dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.embed_dim**0.5, self.compute_dtype)
         return x
@@ -237,10 +238,10 @@ class Model:
         return nnx.merge(self.graphdef, params)
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters. Compile it with `out_shardings` to create them sharded."""
-        module = Decoder(
-            self.config, rngs=nnx.Rngs(params=key), compute_dtype=jnp.float32, holding=self.holding
-        )
+        """Random float32 parameters; adapters take nothing from the others, which are the same without
+        them. Compile it with `out_shardings` to create them sharded."""
+        rngs = nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))
+        module = Decoder(self.config, rngs=rngs, compute_dtype=jnp.float32, holding=self.holding)
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def abstract(self) -> Params:
