@@ -69,9 +69,8 @@ def main() -> None:
     prompts, _ = load_eval_prompts(
         config.data, setup.tokenizer, chat_template=config.tokenizer.chat_template, num_prompts=num
     )
-    print(
-        f"| rows, computed in {dtype} | tokens | KL(float, int8) | same top token |\n| --- | --- | --- | --- |"
-    )
+    print(f"| rows, computed in {dtype} | tokens | KL(float, int8) | same top token |")
+    print("| --- | --- | --- | --- |")
     for name, rollouts in (
         ("random ids", random_rows(setup, num)),
         ("written answers", written_answers(setup, prompts)),
