@@ -60,7 +60,7 @@ def greedy_answers(setup: Setup, params: Params, prompts: Prompts) -> Rollouts:
 
 def main() -> None:
     dtype = sys.argv[1] if len(sys.argv) > 1 else "float32"
-    num = int(sys.argv[2]) if len(sys.argv) > 2 else 16
+    num = int(sys.argv[2]) if len(sys.argv) > 2 else 8
     types = [f"{role}.compute_dtype={dtype}" for role in ("student", "teacher")]
     config = load_config(CONFIG, [*WHOLE_MODEL, WITH_ANSWERS, *types])
     setup = make_setup(config)
@@ -69,9 +69,8 @@ def main() -> None:
     prompts, _ = load_eval_prompts(
         config.data, setup.tokenizer, chat_template=config.tokenizer.chat_template, num_prompts=num
     )
-    print(
-        f"| rows, computed in {dtype} | tokens | KL(float, int8) | same top token |\n| --- | --- | --- | --- |"
-    )
+    print(f"| rows, computed in {dtype} | tokens | KL(float, int8) | same top token |")
+    print("| --- | --- | --- | --- |")
     for name, rollouts in (
         ("random ids", random_rows(setup, num)),
         ("written answers", written_answers(setup, prompts)),

@@ -1,4 +1,4 @@
-"""A teacher in int8: how it is rounded, that it computes what its weights say, and runs that learn from it."""
+"""A teacher in int8: how it is rounded, that it computes what its weights say, and runs that use it."""
 
 import dataclasses
 import re

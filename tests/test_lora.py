@@ -6,6 +6,7 @@ The oracle is one line of numpy: W + alpha / rank * A B, summed over the rank al
 import contextlib
 import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +330,17 @@ def test_other_runs_begin_from_merged_weights(tmp_path, trained):
     )
     half = setup_of("teacher.compute_dtype=bfloat16").teacher.params
     jax.tree.map(lambda x, y: assert_near(np.asarray(x, np.float32), y, 2**-8), half, expected)
+
+    # Adapters over a bfloat16 base are not rounded with it when they go on in float32.
+    shutil.copytree(trained, tmp_path / "half")
+    settings = tmp_path / "half" / "config.yaml"
+    tree = yaml.safe_load(settings.read_text())
+    tree["student"]["compute_dtype"] = "bfloat16"
+    settings.write_text(yaml.safe_dump(tree))
+    rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), base)
+    lora = LoRA(2, 4.0, ALL)
+    found = setup_of(f"student.run={tmp_path / 'half'}").init_trainable()
+    jax.tree.map(assert_near, found, merged_by_hand(rounded, saved_adapters(trained), lora))
 
     # Student and teacher are one model: the self-check says so, or the run would stop.
     config, out = plain.config, io.StringIO()
