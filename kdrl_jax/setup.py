@@ -309,12 +309,11 @@ def _load_run(run: Path, trained: Config, base: Found, abstract: Params, step: i
         return _restore(run, abstract, step)
     student = make_model(base.config, _dtype(trained.student), holding)
     saved = _restore(run, _abstract_trainable(student, mesh), step)
-    wanted = jax.tree.leaves(abstract)[0].dtype
-    # Not in the type it was computed in: what was not trained is written as it was read.
-    frozen = _load(base, make_model(base.config), mesh, wanted, trained.seed)
+    # Not in the type it was computed in: what was not trained is given on as it was read.
+    frozen = _load(base, make_model(base.config), mesh, jnp.float32, trained.seed)
     whole = adapters.overlay(frozen, saved)
     del frozen  # `merge` takes the leaves out of the only tree that holds them
-    return adapters.merge(whole, holding.lora, wanted)
+    return adapters.merge(whole, holding.lora, jax.tree.leaves(abstract)[0].dtype)
 
 
 def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from make_golden import GOLDEN
 from rich.console import Console
-from test_models import loaded, logits_at_once, opened
+from test_models import loaded, opened
 from test_step import HEAD, PARAMS, STUDENT, config, flat, make_batch, one
 from test_train import SHAPE, TREE, assert_same_run, metrics, run
 
@@ -105,7 +105,7 @@ def test_adapters_compute_what_merged_weights_do(name, targets):
     source, lora = opened(GOLDEN / name), LoRA(rank=3, alpha=7.0, targets=targets)
     base, model = loaded(source), make_model(source.config, holding=Holding(lora=lora))
     tokens = np.load(GOLDEN / name / "golden.npz")["tokens"]
-    plain = logits_at_once(source.config, base, tokens)
+    plain = adapted(make_model(source.config), base, tokens)
     first, rest = adapters.split(model.init(jax.random.key(0)))
     assert jax.tree.structure(rest) == jax.tree.structure(base)
     assert sum(x.size for x in jax.tree.leaves(first)) > 0
@@ -114,10 +114,10 @@ def test_adapters_compute_what_merged_weights_do(name, targets):
     top = drawn(model)
     by_hand = merged_by_hand(base, top, lora)
     whole = adapters.overlay(base, top)
-    merged = adapters.merge(whole, lora)
+    merged = adapters.merge(adapters.overlay(base, top), lora)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     jax.tree.map(assert_near, merged, by_hand)
-    expected = logits_at_once(source.config, by_hand, tokens)
+    expected = adapted(make_model(source.config), by_hand, tokens)
     assert np.abs(expected - plain).max() > 1e-2 * np.abs(plain).max()
     assert_near(adapted(model, whole, tokens), expected, 3e-5)
     if targets == ALL:

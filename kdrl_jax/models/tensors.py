@@ -165,7 +165,8 @@ def load(
     for head in _tied_heads(table, config, file):
         embedding = next(row[0] for row in table if row[1] == "embed")
         # Bytes, in which a NaN is itself: those are reported below.
-        if not np.array_equal(*(file.read(name).view(np.uint8) for name in (head, embedding))):
+        ours, theirs = (file.read(name).view(np.uint8) for name in (head, embedding))
+        if not np.array_equal(ours, theirs):
             raise ValueError(
                 f"{file.where}: {head} is not {embedding}, though tie_word_embeddings is true; set it to "
                 "false in config.json if the model was trained so, or remove the tensor"
