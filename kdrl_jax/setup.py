@@ -15,6 +15,7 @@ from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
 from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kdrl_jax.metrics import read_json, write_json
 from kdrl_jax.models import adapters
 from kdrl_jax.models.block import Holding, LoRA
 from kdrl_jax.models.decoder import FrozenModel, Model, make_model
@@ -28,6 +29,8 @@ from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.runs import Role, run_of
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.types import Params, TrainState
+
+_BASE = "base.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +165,7 @@ def _prepare_student(
     config: Config, found: Found, student: Model, mesh: Mesh
 ) -> tuple[Params, Callable[[], Params]]:
     """(what is not trained, how what is trained begins)."""
+    check_base(config)
     if student.holding.lora is None:
         return {}, lambda: _load(found, student, mesh, jnp.float32, config.seed)
     frozen = _load(found, make_model(student.config), mesh, _dtype(config.student), config.seed)
@@ -243,6 +247,42 @@ def make_single(config: Config, role: Role) -> SingleModel:
     )
 
 
+def _base_step(config: Config) -> int | None:
+    """The checkpoint of another run that adapters are trained on; None where they are not."""
+    run = run_of(config, "student")
+    if config.student.lora is None or run is None:
+        return None
+    checkpoints = Checkpoints(run)
+    try:
+        return checkpoints.latest_step
+    finally:
+        checkpoints.close()
+
+
+def record_base(config: Config) -> None:
+    """Writes down which checkpoint a run's adapters are trained on, once."""
+    file, step = Path(config.run_dir) / _BASE, _base_step(config)
+    if step is not None and not file.exists():
+        write_json(file, {"run": str(run_of(config, "student")), "step": step})
+
+
+def check_base(config: Config) -> None:
+    """Adapters mean nothing on other weights than those they were trained on.
+
+    Raises:
+        ValueError: the run they came from has been trained further.
+    """
+    file = Path(config.run_dir) / _BASE
+    if not file.exists():
+        return
+    began, now = read_json(file), _base_step(config)
+    if began["step"] != now:
+        raise ValueError(
+            f"{config.run_dir}: its adapters were trained on step {began['step']} of {began['run']}, which "
+            f"is at step {now} now; put that checkpoint back, or train new adapters in another log.dir"
+        )
+
+
 def _roles(config: Config) -> list[Role]:
     return ["student"] if config.teacher is None else ["student", "teacher"]
 
@@ -307,6 +347,7 @@ def _load_run(run: Path, trained: Config, base: Found, abstract: Params, step: i
     holding = _holding(trained.student)
     if holding.lora is None:
         return _restore(run, abstract, step)
+    check_base(trained)
     student = make_model(base.config, _dtype(trained.student), holding)
     saved = _restore(run, _abstract_trainable(student, mesh), step)
     # Not in the type it was computed in: what was not trained is given on as it was read.

@@ -41,7 +41,7 @@ from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.runs import check_same_run, is_complete, prerequisites
 from kdrl_jax.scoring import score_in_passes
 from kdrl_jax.self_check import self_check
-from kdrl_jax.setup import Setup, check_mesh, make_setup
+from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
 from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.step import Objective, make_diagnostics, make_update
 from kdrl_jax.types import Metrics, Params, Prompts, Rollouts, TrainingError, TrainState
@@ -131,6 +131,7 @@ class _Run:
         self.checkpoints = Checkpoints(run_dir, keep=c.checkpoint.keep, write=True)
         self.state, self.last_eval = self._start()
         save_config(c, run_dir)
+        record_base(c)
         self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
         self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
 

@@ -30,7 +30,7 @@ from kdrl_jax.models.decoder import make_model
 from kdrl_jax.models.head import head_logits
 from kdrl_jax.optim import make_optimizer
 from kdrl_jax.rollout.sampling import seed_key
-from kdrl_jax.setup import abstract_params, make_setup
+from kdrl_jax.setup import abstract_params, make_setup, record_base
 from kdrl_jax.step import Objective, make_update
 from kdrl_jax.train import train
 from kdrl_jax.types import TrainState
@@ -331,19 +331,33 @@ def test_other_runs_begin_from_merged_weights(tmp_path, trained):
     half = setup_of("teacher.compute_dtype=bfloat16").teacher.params
     jax.tree.map(lambda x, y: assert_near(np.asarray(x, np.float32), y, 2**-8), half, expected)
 
-    # Adapters over a bfloat16 base are not rounded with it when they go on in float32.
+    # What was computed in bfloat16 goes on unrounded: the adapters, and the weights as they were read.
     shutil.copytree(trained, tmp_path / "half")
     settings = tmp_path / "half" / "config.yaml"
     tree = yaml.safe_load(settings.read_text())
     tree["student"]["compute_dtype"] = "bfloat16"
     settings.write_text(yaml.safe_dump(tree))
-    rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), base)
-    lora = LoRA(2, 4.0, ALL)
     found = setup_of(f"student.run={tmp_path / 'half'}").init_trainable()
-    jax.tree.map(assert_near, found, merged_by_hand(rounded, saved_adapters(trained), lora))
+    jax.tree.map(assert_near, found, expected)
 
     # Student and teacher are one model: the self-check says so, or the run would stop.
     config, out = plain.config, io.StringIO()
     assert train(config, Console(file=out), lambda: False)
     assert "self-check: student = teacher" in out.getvalue()
     assert abs(metrics(tmp_path / "run")[0]["kd/reverse_kl"]) < 1e-6
+
+
+def test_adapters_are_not_put_on_a_base_that_has_gone_on(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "base")
+    tree = {**TREE, **SECTIONS, "student": {"run": str(tmp_path / "base"), "lora": {"rank": 1}}}
+    del tree["teacher"]
+    tree |= {"kd": {"coef": 0.0}, "eval": {}, "log": {"dir": str(tmp_path / "run")}, "name": "further"}
+    (tmp_path / "next.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(tmp_path / "next.yaml")
+    (tmp_path / "run").mkdir()
+    record_base(config)
+    make_setup(config)
+    checkpoints = tmp_path / "base" / "checkpoints"
+    shutil.copytree(checkpoints / "4", checkpoints / "5")
+    with pytest.raises(ValueError, match=r"trained on step 4 of .*, which is at step 5 now"):
+        make_setup(config)

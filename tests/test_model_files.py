@@ -367,3 +367,37 @@ def test_a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched
     message = error_of(lambda: open_model(ModelConfig(path="some-org/some-moe")))
     assert "'qwen3_moe' (mixture of experts) is not supported" in message
     assert asked == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("head", "shown"),
+    [
+        (
+            np.ones((96, 32), np.float32),
+            "is not model.embed_tokens.weight, though tie_word_embeddings is true",
+        ),
+        (np.ones((3, 32), np.float32), "lm_head.weight is (3, 32), not (96, 32)"),
+    ],
+)
+def test_a_tied_head_that_is_another_matrix_is_refused(head: np.ndarray, shown: str, tmp_path: Path) -> None:
+    folder = changed(copied(tmp_path, "llama_tied"), lambda weights: weights.update({"lm_head.weight": head}))
+    assert shown in error_of(lambda: loaded(opened(folder)))
+
+
+def test_names_of_a_model_with_vision_are_unexpected_elsewhere(tmp_path: Path) -> None:
+    def change(weights: dict[str, np.ndarray]) -> None:
+        weights["vision_tower.x"] = np.zeros(3, np.float32)
+        weights["language_model.model.norm.weight"] = weights["model.norm.weight"].copy()
+
+    message = error_of(lambda: opened(changed(copied(tmp_path), change)))
+    assert "unexpected tensors: language_model.model.norm.weight, vision_tower.x" in message
+
+
+def test_fields_beside_a_text_model_are_read(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "gemma3")
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "gemma3", "vision_config": {}, "text_config": text}
+    (folder / "config.json").write_text(json.dumps(outer | {"tie_word_embeddings": False}))
+    assert "contradict each other" in error_of(lambda: opened(folder))
+    (folder / "config.json").write_text(json.dumps(outer | {"logit_scale": 2.0}))
+    assert "logit_scale=2.0 is not known here" in error_of(lambda: opened(folder))

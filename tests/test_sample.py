@@ -24,6 +24,7 @@ from kdrl_jax.data.tokenizer_hf import HFTokenizer
 from kdrl_jax.data.tokenizer_metadata import TokenizerMetadata
 from kdrl_jax.main import main
 from kdrl_jax.models.decoder import DecoderConfig, make_model
+from kdrl_jax.models.head import head_logits
 from kdrl_jax.rollout.engine import Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.sample import TextStream, make_engine
@@ -88,12 +89,20 @@ def greedy_reference(path, step=None):
     single = make_single(config, "student")
     model, params = single.model, single.params(str(path), step)
     tokenizer = CharTokenizer()
+    num_tokens = tokenizer.vocab_size
     ids = tokenizer.encode(TREE["data"]["prompt_template"].replace("{question}", PROMPT))
-    forward = jax.jit(lambda x: (d := model.bind(params)).hidden(x) @ d.head_kernel())
+
+    @jax.jit
+    def forward(rows):
+        decoder = model.bind(params)
+        return head_logits(
+            decoder.hidden(rows), decoder.output_head(), num_tokens=num_tokens, temperature=1.0
+        )
+
     start = len(ids)
     while len(ids) < start + 24 and ids[-1] not in tokenizer.end_ids:
         row = jnp.asarray([ids + [0] * (128 - len(ids))])
-        ids.append(int(jnp.argmax(forward(row)[0, len(ids) - 1, : tokenizer.vocab_size])))
+        ids.append(int(jnp.argmax(forward(row)[0, len(ids) - 1])))
     return tokenizer.decode(ids[start:]), ids[-1] in tokenizer.end_ids, len(ids) - start
 
 

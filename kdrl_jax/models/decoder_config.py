@@ -58,9 +58,10 @@ class DecoderConfig:
         rope = self.rope
         if rope.kind in ("linear", "dynamic"):
             return int(self.max_positions * (1 if self.states_stretched else rope.factor))
-        # A `yarn` that a user switches on often leaves `max_position_embeddings` as it was.
-        stretched = int(rope.factor * (rope.original_positions or 0))
-        return max(self.max_positions, stretched)
+        if rope.kind == "yarn":
+            # Switched on as model cards say, it leaves `max_position_embeddings` as it was.
+            return max(self.max_positions, int(rope.factor * (rope.original_positions or 0)))
+        return self.max_positions
 
     @property
     def sizes(self) -> dict[str, int]:
