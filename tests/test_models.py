@@ -30,6 +30,9 @@ from kdrl_jax.types import Params
 
 TOLERANCE = 1e-4
 
+# Instructions that LLVM need not make fast: the programs run once, and tiny.
+QUICK = {"xla_backend_optimization_level": 0}
+
 
 def opened(path: Path, **settings: Any) -> ModelSource:
     return open_model(ModelConfig(path=str(path), **settings))
@@ -62,6 +65,10 @@ class Compiled:
             decoder = model.bind(params)
             return logits_of(decoder, decoder.hidden(tokens))
 
+        def segmented(params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+            decoder = model.bind(params)
+            return logits_of(decoder, decoder.hidden(tokens, segment_ids_BT=segment_ids))
+
         def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, room: int) -> Any:
             decoder = model.bind(params)
             last, cache = decoder.prefill(tokens, lengths)
@@ -73,11 +80,10 @@ class Compiled:
             hidden, cache = decoder.decode(tokens, positions, cache)
             return logits_of(decoder, hidden), cache
 
-        # Instructions that LLVM need not make fast: the programs run once, and tiny.
-        quick = {"xla_backend_optimization_level": 0}
-        self.at_once = jax.jit(at_once, compiler_options=quick)
-        self.prefill = jax.jit(prefill, static_argnames="room", compiler_options=quick)
-        self.decode = jax.jit(decode, compiler_options=quick)
+        self.at_once = jax.jit(at_once, compiler_options=QUICK)
+        self.segmented = jax.jit(segmented, compiler_options=QUICK)
+        self.prefill = jax.jit(prefill, static_argnames="room", compiler_options=QUICK)
+        self.decode = jax.jit(decode, compiler_options=QUICK)
 
 
 compiled = functools.cache(Compiled)
@@ -128,9 +134,84 @@ def test_logits_equal_golden(name: str) -> None:
     check_against(opened(GOLDEN / name), golden["tokens"], golden["lengths"], golden["logits"])
 
 
+# Rows of 24 made of three sequences: (sequence, where it begins, its segment id).
+LAYOUTS: dict[str, list[tuple[int, int, int]]] = {
+    "left": [(0, 4, 1)],
+    "left, much": [(1, 17, 1)],
+    "right": [(2, 0, 1)],
+    "packed": [(1, 0, 1), (2, 7, 2)],
+    "packed with padding before, between and after": [(2, 1, 9), (1, 16, 3)],
+}
+
+
+def laid_out(
+    sequences: list[np.ndarray], layouts: list[list[tuple[int, int, int]]], width: int = 24
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids of such rows; padding is random tokens, which nothing may depend on."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 96, (len(layouts), width), dtype=np.int32)
+    ids = np.zeros_like(tokens)
+    for row, layout in enumerate(layouts):
+        for sequence, begin, segment in layout:
+            end = begin + len(sequences[sequence])
+            tokens[row, begin:end], ids[row, begin:end] = sequences[sequence], segment
+    return tokens, ids
+
+
+def check_segments(source: ModelSource, tokens: np.ndarray, lengths: np.ndarray, theirs: np.ndarray) -> None:
+    """Each sequence of each layout has the logits that it has alone."""
+    sequences = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    rows, ids = laid_out(sequences, list(LAYOUTS.values()))
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(compiled(source.config).segmented(loaded(source), rows, ids))
+    assert np.isfinite(logits).all()
+    for (name, layout), ours in zip(LAYOUTS.items(), logits, strict=True):
+        for sequence, begin, _ in layout:
+            length = lengths[sequence]
+            # What transformers gives in steps begins with the logits of the fourth token.
+            real = theirs[sequence : sequence + 1, :length]
+            error = relative_error(ours[None, begin : begin + length], real, real.any(-1))
+            assert error < TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_padded_and_packed_rows_equal_golden(name: str) -> None:
+    golden = np.load(GOLDEN / name / "golden.npz")
+    check_segments(opened(GOLDEN / name), golden["tokens"], golden["lengths"], golden["logits"])
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"), [("llama", False), ("llama", True), ("gemma2", False), ("gemma3_capped", True)]
+)
+def test_packing_and_padding_leave_gradients_as_they_are(name: str, remat: bool) -> None:
+    source = opened(GOLDEN / name)
+    model, params = make_model(source.config), loaded(source)
+    golden = np.load(GOLDEN / name / "golden.npz")
+    sequences = [golden["tokens"][row, :length] for row, length in ((1, 7), (2, 13))]
+    alone = laid_out(sequences, [[(0, 0, 1)], [(1, 0, 1)]])
+    packed = laid_out(sequences, [[(0, 2, 1), (1, 11, 2)], []])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def gradient(params: Params, tokens: jax.Array, ids: jax.Array, counted: jax.Array) -> Params:
+        def loss(params: Params) -> jax.Array:
+            decoder = model.bind(params)
+            logits = logits_of(decoder, decoder.hidden(tokens, segment_ids_BT=ids, remat=remat))
+            return jnp.sum(jnp.square(logits) * counted[..., None])
+
+        return jax.grad(loss)(params)
+
+    with jax.default_matmul_precision("highest"):
+        of_alone, of_packed = (gradient(params, rows, ids, ids > 0) for rows, ids in (alone, packed))
+        # A whole row of padding, and padding that counts, give gradients too.
+        of_padding = gradient(params, packed[0], packed[1], packed[1] == 0)
+    for ours, theirs, padding in zip(*map(jax.tree.leaves, (of_packed, of_alone, of_padding)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+        assert jnp.isfinite(padding).all()
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -> None:
-    """Rows padded on the right and, for transformers, on the left; ours are always right-padded."""
+    """Rows padded on the right and on the left, both ways in transformers too."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     seed = int.from_bytes(os.urandom(4), "little")
@@ -140,9 +221,10 @@ def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -
     model, in_steps = hf_model(tmp_path), CHECKPOINTS[name].in_steps
     right = hf_logits(model, tokens, lengths, in_steps=in_steps)
     check_against(opened(tmp_path), tokens, lengths, right)
+    check_segments(opened(tmp_path), tokens, lengths, right)
     if not in_steps:
         left = hf_logits(model, tokens, lengths, left=True)
-        assert relative_error(left, right, np.arange(tokens.shape[1]) < lengths[:, None]) < TOLERANCE
+        check_segments(opened(tmp_path), tokens, lengths, left)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
