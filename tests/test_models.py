@@ -4,6 +4,7 @@ Logits are compared relative to the largest |logit| of the reference: max |ours 
 below 1e-4 of it, in float32, at every real position.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,9 +30,6 @@ from kdrl_jax.sharding import make_mesh, sharding
 from kdrl_jax.types import Params
 
 TOLERANCE = 1e-4
-
-# Instructions that LLVM need not make fast: the programs run once, and tiny.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def opened(path: Path, **settings: Any) -> ModelSource:
@@ -80,10 +78,10 @@ class Compiled:
             hidden, cache = decoder.decode(tokens, positions, cache)
             return logits_of(decoder, hidden), cache
 
-        self.at_once = jax.jit(at_once, compiler_options=QUICK)
-        self.segmented = jax.jit(segmented, compiler_options=QUICK)
-        self.prefill = jax.jit(prefill, static_argnames="room", compiler_options=QUICK)
-        self.decode = jax.jit(decode, compiler_options=QUICK)
+        self.at_once = jax.jit(at_once)
+        self.segmented = jax.jit(segmented)
+        self.prefill = jax.jit(prefill, static_argnames="room")
+        self.decode = jax.jit(decode)
 
 
 compiled = functools.cache(Compiled)
@@ -191,7 +189,7 @@ def test_packing_and_padding_leave_gradients_as_they_are(name: str, remat: bool)
     alone = laid_out(sequences, [[(0, 0, 1)], [(1, 0, 1)]])
     packed = laid_out(sequences, [[(0, 2, 1), (1, 11, 2)], []])
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(params: Params, tokens: jax.Array, ids: jax.Array, counted: jax.Array) -> Params:
         def loss(params: Params) -> jax.Array:
             decoder = model.bind(params)
@@ -225,6 +223,27 @@ def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -
     if not in_steps:
         left = hf_logits(model, tokens, lengths, left=True)
         check_segments(opened(tmp_path), tokens, lengths, left)
+
+
+def test_dynamic_rope_and_what_transformers_does_in_one_pass() -> None:
+    """Within the original context it is the same; a longer row it turns by that row's length, whole."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = opened(GOLDEN / "llama_dynamic")
+    config, params, rope = source.config, loaded(source), source.config.rope
+    golden = np.load(GOLDEN / "llama_dynamic" / "golden.npz")
+    tokens, length, original = golden["tokens"][:1], int(golden["lengths"][0]), 8
+    assert (length, rope.original_positions) == (20, original)
+    model = hf_model(GOLDEN / "llama_dynamic")
+    ours = logits_at_once(config, params, tokens)
+    short = hf_logits(model, tokens[:, :original], np.array([original]))
+    assert relative_error(ours[:, :original], short) < TOLERANCE
+    long = hf_logits(model, tokens, np.array([length]))
+    assert relative_error(ours, long) > 100 * TOLERANCE
+    stretch = rope.factor * length / original - (rope.factor - 1)
+    theta = rope.theta * stretch ** (config.head_dim / (config.head_dim - 2))
+    turned = dataclasses.replace(config, rope=Rope(theta))
+    assert relative_error(logits_at_once(turned, params, tokens), long) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
