@@ -79,7 +79,8 @@ def end_on_signals() -> None:
     def unraisable(what: "sys.UnraisableHookArgs") -> None:
         # Raised in a callback of the garbage collector, it ended nothing: once more, elsewhere.
         if isinstance(what.exc_value, Ended):
-            threading.Timer(0.01, signal.raise_signal, [what.exc_value.signal]).start()
+            again = (threading.main_thread().ident, what.exc_value.signal)
+            threading.Timer(0.01, signal.pthread_kill, again).start()
         else:
             sys.__unraisablehook__(what)
 
