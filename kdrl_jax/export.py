@@ -18,7 +18,6 @@ from kdrl_jax.models import tensors
 from kdrl_jax.models.hf import read_json
 from kdrl_jax.models.hf_write import DTYPES, stored_dtype, write_json, write_tensors
 from kdrl_jax.setup import SingleModel, make_single
-from kdrl_jax.types import Params
 
 _GIB = 1 << 30
 
@@ -49,7 +48,8 @@ def export(config: Config, options: ExportOptions, console: Console, *, is_run: 
     with _whole_or_nothing(out) as folder:
         _write_texts(folder, single, dtype)
         with console.status("loading"):
-            params = _parameters(single, config.run_dir if is_run else None, options.step)
+            # In float32: casting is the writer's, which sees what does not fit.
+            params = single.params(config.run_dir if is_run else None, options.step)
         with _progress(console) as progress:
             task = progress.add_task("writing", total=num_bytes)
             num_files = write_tensors(
@@ -68,12 +68,6 @@ def export(config: Config, options: ExportOptions, console: Console, *, is_run: 
         soft_wrap=True,
     )
     return out
-
-
-def _parameters(single: SingleModel, run_dir: str | None, step: int | None) -> Params:
-    """What is written, as the family's table expects it, in float32: casting is the writer's, which
-    sees what does not fit."""
-    return single.params(run_dir, step)
 
 
 def _default_dtype(single: SingleModel) -> str:

@@ -12,10 +12,15 @@ import difflib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+if __name__ == "__main__":
+    # Until a command says what it means, Ctrl-C ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from kdrl_jax.config import (
     COMMANDS,
@@ -71,6 +76,15 @@ def end_on_signals() -> None:
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(number)
 
+    def unraisable(what: "sys.UnraisableHookArgs") -> None:
+        # Raised in a callback of the garbage collector, it ended nothing: once more, elsewhere.
+        if isinstance(what.exc_value, Ended):
+            again = (threading.main_thread().ident, what.exc_value.signal)
+            threading.Timer(0.01, signal.pthread_kill, again).start()
+        else:
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
 

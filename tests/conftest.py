@@ -1,13 +1,28 @@
-"""Eight CPU devices for the tests of sharding, and compiled programs shared between tests."""
+"""Eight CPU devices for the tests of sharding, and programs that are compiled quickly, and once."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
-# Both before jax starts. Most of a test's time is compiling, and many tests compile the same program.
+# All before jax starts. Most of a test's time is compiling, of programs that run once, and tiny: they need
+# not become fast (an eighth of the time, and no products rounded together), and tests share what is compiled.
+
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="kdrl_jax_test_cache_"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+given = os.environ.get("XLA_FLAGS", "").split()
+missing = [flag for flag in FLAGS if not any(x.startswith(flag.partition("=")[0]) for x in given)]
+os.environ["XLA_FLAGS"] = " ".join(given + missing)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Set where pytest starts; the processes of xdist inherit it.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kdrl_jax_test_cache_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# No test waits for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

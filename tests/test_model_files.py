@@ -1,8 +1,10 @@
 """What the readers of model files accept, and what they say about the rest."""
 
+import http.server
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -339,6 +341,32 @@ def test_a_hub_name_without_network_says_what_to_do(tmp_path: Path, monkeypatch:
     assert "give `path: FOLDER`" in message
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped path may look like a hub name: the client would try again for half a minute."""
+    asked: list[str] = []
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        message = error_of(lambda: open_model(ModelConfig(path="models/mistyped")))
+        server.shutdown()
+    assert "path='models/mistyped' is not a local path and could not be fetched from the hub" in message
+    assert "503" in message
+    assert asked == ["/api/models/models/mistyped"]
+
+
 def test_a_hub_name_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -352,13 +380,24 @@ def test_a_hub_name_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.tokenizer_path == str(GOLDEN / "llama")
 
 
+def test_what_was_downloaded_before_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--some-org--some-model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0123abc")
+    shutil.copytree(GOLDEN / "llama", place / "snapshots" / "0123abc")
+    source = open_model(ModelConfig(path="some-org/some-model"))
+    assert source.tokenizer_path == str(place / "snapshots" / "0123abc")
+
+
 def test_a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(tmp_path, "qwen3", model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
     asked: list[str] = []
 
-    def one_file(name: str, file: str) -> str:
+    def one_file(name: str, file: str, **options: Any) -> str:
         asked.append(file)
         return str(folder / file)
 

@@ -4,6 +4,7 @@ Logits are compared relative to the largest |logit| of the reference: max |ours 
 below 1e-4 of it, in float32, at every real position.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -62,6 +63,10 @@ class Compiled:
             decoder = model.bind(params)
             return logits_of(decoder, decoder.hidden(tokens))
 
+        def segmented(params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
+            decoder = model.bind(params)
+            return logits_of(decoder, decoder.hidden(tokens, segment_ids_BT=segment_ids))
+
         def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, room: int) -> Any:
             decoder = model.bind(params)
             last, cache = decoder.prefill(tokens, lengths)
@@ -73,11 +78,10 @@ class Compiled:
             hidden, cache = decoder.decode(tokens, positions, cache)
             return logits_of(decoder, hidden), cache
 
-        # Instructions that LLVM need not make fast: the programs run once, and tiny.
-        quick = {"xla_backend_optimization_level": 0}
-        self.at_once = jax.jit(at_once, compiler_options=quick)
-        self.prefill = jax.jit(prefill, static_argnames="room", compiler_options=quick)
-        self.decode = jax.jit(decode, compiler_options=quick)
+        self.at_once = jax.jit(at_once)
+        self.segmented = jax.jit(segmented)
+        self.prefill = jax.jit(prefill, static_argnames="room")
+        self.decode = jax.jit(decode)
 
 
 compiled = functools.cache(Compiled)
@@ -128,9 +132,84 @@ def test_logits_equal_golden(name: str) -> None:
     check_against(opened(GOLDEN / name), golden["tokens"], golden["lengths"], golden["logits"])
 
 
+# Rows of 24 made of three sequences: (sequence, where it begins, its segment id).
+LAYOUTS: dict[str, list[tuple[int, int, int]]] = {
+    "left": [(0, 4, 1)],
+    "left, much": [(1, 17, 1)],
+    "right": [(2, 0, 1)],
+    "packed": [(1, 0, 1), (2, 7, 2)],
+    "packed with padding before, between and after": [(2, 1, 9), (1, 16, 3)],
+}
+
+
+def laid_out(
+    sequences: list[np.ndarray], layouts: list[list[tuple[int, int, int]]], width: int = 24
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids of such rows; padding is random tokens, which nothing may depend on."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 96, (len(layouts), width), dtype=np.int32)
+    ids = np.zeros_like(tokens)
+    for row, layout in enumerate(layouts):
+        for sequence, begin, segment in layout:
+            end = begin + len(sequences[sequence])
+            tokens[row, begin:end], ids[row, begin:end] = sequences[sequence], segment
+    return tokens, ids
+
+
+def check_segments(source: ModelSource, tokens: np.ndarray, lengths: np.ndarray, theirs: np.ndarray) -> None:
+    """Each sequence of each layout has the logits that it has alone."""
+    sequences = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    rows, ids = laid_out(sequences, list(LAYOUTS.values()))
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(compiled(source.config).segmented(loaded(source), rows, ids))
+    assert np.isfinite(logits).all()
+    for (name, layout), ours in zip(LAYOUTS.items(), logits, strict=True):
+        for sequence, begin, _ in layout:
+            length = lengths[sequence]
+            # What transformers gives in steps begins with the logits of the fourth token.
+            real = theirs[sequence : sequence + 1, :length]
+            error = relative_error(ours[None, begin : begin + length], real, real.any(-1))
+            assert error < TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_padded_and_packed_rows_equal_golden(name: str) -> None:
+    golden = np.load(GOLDEN / name / "golden.npz")
+    check_segments(opened(GOLDEN / name), golden["tokens"], golden["lengths"], golden["logits"])
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"), [("llama", False), ("llama", True), ("gemma2", False), ("gemma3_capped", True)]
+)
+def test_packing_and_padding_leave_gradients_as_they_are(name: str, remat: bool) -> None:
+    source = opened(GOLDEN / name)
+    model, params = make_model(source.config), loaded(source)
+    golden = np.load(GOLDEN / name / "golden.npz")
+    sequences = [golden["tokens"][row, :length] for row, length in ((1, 7), (2, 13))]
+    alone = laid_out(sequences, [[(0, 0, 1)], [(1, 0, 1)]])
+    packed = laid_out(sequences, [[(0, 2, 1), (1, 11, 2)], []])
+
+    @jax.jit
+    def gradient(params: Params, tokens: jax.Array, ids: jax.Array, counted: jax.Array) -> Params:
+        def loss(params: Params) -> jax.Array:
+            decoder = model.bind(params)
+            logits = logits_of(decoder, decoder.hidden(tokens, segment_ids_BT=ids, remat=remat))
+            return jnp.sum(jnp.square(logits) * counted[..., None])
+
+        return jax.grad(loss)(params)
+
+    with jax.default_matmul_precision("highest"):
+        of_alone, of_packed = (gradient(params, rows, ids, ids > 0) for rows, ids in (alone, packed))
+        # A whole row of padding, and padding that counts, give gradients too.
+        of_padding = gradient(params, packed[0], packed[1], packed[1] == 0)
+    for ours, theirs, padding in zip(*map(jax.tree.leaves, (of_packed, of_alone, of_padding)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+        assert jnp.isfinite(padding).all()
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -> None:
-    """Rows padded on the right and, for transformers, on the left; ours are always right-padded."""
+    """Rows padded on the right and on the left, both ways in transformers too."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     seed = int.from_bytes(os.urandom(4), "little")
@@ -140,9 +219,31 @@ def test_logits_equal_transformers_on_fresh_weights(name: str, tmp_path: Path) -
     model, in_steps = hf_model(tmp_path), CHECKPOINTS[name].in_steps
     right = hf_logits(model, tokens, lengths, in_steps=in_steps)
     check_against(opened(tmp_path), tokens, lengths, right)
+    check_segments(opened(tmp_path), tokens, lengths, right)
     if not in_steps:
         left = hf_logits(model, tokens, lengths, left=True)
-        assert relative_error(left, right, np.arange(tokens.shape[1]) < lengths[:, None]) < TOLERANCE
+        check_segments(opened(tmp_path), tokens, lengths, left)
+
+
+def test_dynamic_rope_and_what_transformers_does_in_one_pass() -> None:
+    """Within the original context it is the same; a longer row it turns by that row's length, whole."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    source = opened(GOLDEN / "llama_dynamic")
+    config, params, rope = source.config, loaded(source), source.config.rope
+    golden = np.load(GOLDEN / "llama_dynamic" / "golden.npz")
+    tokens, length, original = golden["tokens"][:1], int(golden["lengths"][0]), 8
+    assert (length, rope.original_positions) == (20, original)
+    model = hf_model(GOLDEN / "llama_dynamic")
+    ours = logits_at_once(config, params, tokens)
+    short = hf_logits(model, tokens[:, :original], np.array([original]))
+    assert relative_error(ours[:, :original], short) < TOLERANCE
+    long = hf_logits(model, tokens, np.array([length]))
+    assert relative_error(ours, long) > 100 * TOLERANCE
+    stretch = rope.factor * length / original - (rope.factor - 1)
+    theta = rope.theta * stretch ** (config.head_dim / (config.head_dim - 2))
+    turned = dataclasses.replace(config, rope=Rope(theta))
+    assert relative_error(logits_at_once(turned, params, tokens), long) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -313,11 +313,12 @@ def test_hostile_answers_return_in_bounded_time(pool: RewardPool) -> None:
 
 def test_parsing_is_linear_in_the_text() -> None:
     def seconds(text: str) -> float:
-        start = time.perf_counter()
+        # Of this thread alone: what else the machine does is not counted.
+        start = time.thread_time()
         find_marked(text)
         final_number(text)
         exact("", text, "77777")
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     for unit in (r"\boxed{", r"\frac{", "1 ", "^ ", r"\text{", "#### ", r"\^\circ "):
         repeats = MAX_TEXT_CHARS // len(unit)

@@ -1,6 +1,7 @@
 """Causal grouped-query attention in plain XLA: over whole rows, and one query per row over a cache.
 
 Both take what families differ in: the scale of the scores, a soft cap on them, and a sliding window.
+Whole rows may hold several segments, which do not see each other.
 """
 
 import jax
@@ -12,6 +13,13 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """Positions [B, T] counted from each segment's first token; a segment is a run of one id."""
+    at = jnp.arange(segment_ids_BT.shape[1])
+    begins = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
+    return at - jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
+
+
 def full_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -20,20 +28,27 @@ def full_attention(
     scale: float,
     softcap: float | None,
     window: jax.Array | None,
+    segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Every position over the positions up to it; returns [B, T, N, H].
 
     Args:
         window: int32 scalar; positions at least so far back are not seen. None sees all.
+        segment_ids_BT: only positions of the same id are seen. Padding (0) sees padding, its own position
+            at least, so that no softmax is over nothing. None is one segment.
     """
-    if softcap is None and window is None:
+    if softcap is None and window is None and segment_ids_BT is None:
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=scale)
     b, t, n, h = q_BTNH.shape
     k = k_BTKH.shape[2]
     q = q_BTNH.reshape(b, t, k, n // k, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BTKH, preferred_element_type=jnp.float32) * scale
     back = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
-    weights = _softmax(soft_cap(scores, softcap), _seen(back, window))
+    scores = soft_cap(scores, softcap)
+    seen = _seen(back, window)
+    if segment_ids_BT is not None:
+        seen = (seen & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]))[:, None, None]
+    weights = _softmax(scores, seen)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BTKH.dtype), v_BTKH).reshape(b, t, n, h)
 
 

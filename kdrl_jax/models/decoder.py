@@ -5,8 +5,8 @@ NNX holds the modules and names the parameters; everything that is compiled is a
 a leading L and scanned, so that compile time does not grow with depth; what differs between layers
 (the window, the RoPE base) is scanned along with them as data.
 
-Right padding only: position t of a row attends to positions <= t, so padding after the last token is
-never seen by a real one and needs no mask.
+Position t of a row attends to positions <= t, so padding after the last token is never seen by a real one
+and needs no mask. Rows padded on the left, or of several sequences, say so by segment ids.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdrl_jax.models.attention import cached_attention, full_attention
+from kdrl_jax.models.attention import cached_attention, full_attention, segment_positions
 from kdrl_jax.models.block import Block, Holding
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.head import Head
@@ -142,9 +142,15 @@ class Decoder(Block):
         c = self.config
         return {"scale": c.query_scale or c.head_dim**-0.5, "softcap": c.attn_softcap}
 
-    def _full(self, tokens_BT: jax.Array, keep_cache: bool, remat: bool) -> tuple[jax.Array, KVCache | None]:
+    def _full(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, *, keep_cache: bool, remat: bool
+    ) -> tuple[jax.Array, KVCache | None]:
         x = constrain(self._embed(tokens_BT), "B T E")
-        slides_L, of_layer = self._differences(jnp.arange(tokens_BT.shape[1])[None, :])
+        if segment_ids_BT is None:
+            positions = jnp.arange(tokens_BT.shape[1])[None, :]
+        else:
+            positions = segment_positions(segment_ids_BT)
+        slides_L, of_layer = self._differences(positions)
         layer_def, layer_params = nnx.split(self.layers)
 
         def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, KVCache | None]:
@@ -155,7 +161,9 @@ class Decoder(Block):
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 if keep_cache:
                     kept.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
-                return full_attention(q, k, v, window=window, **self._attention)
+                return full_attention(
+                    q, k, v, window=window, segment_ids_BT=segment_ids_BT, **self._attention
+                )
 
             x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
             return constrain(x, "B T E"), kept[0] if keep_cache else None
@@ -163,17 +171,22 @@ class Decoder(Block):
         x, cache = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (layer_params, slides_L))
         return self.norm("final_norm", x), cache
 
-    def hidden(self, tokens_BT: jax.Array, *, remat: bool = False) -> jax.Array:
-        """Final hidden states [B, T, D] of right-padded rows; entry t has seen tokens <= t.
+    def hidden(
+        self, tokens_BT: jax.Array, *, segment_ids_BT: jax.Array | None = None, remat: bool = False
+    ) -> jax.Array:
+        """Final hidden states [B, T, D]; entry t has seen the tokens <= t of its segment.
 
         Args:
+            segment_ids_BT: int32; each sequence of a row is one run of an id above 0 that no other sequence
+                of that row has, and its positions count from its first token. 0 is padding, wherever it
+                stands. None is right-padded rows of one sequence each.
             remat: recompute each layer in the backward pass.
         """
-        return self._full(tokens_BT, keep_cache=False, remat=remat)[0]
+        return self._full(tokens_BT, segment_ids_BT, keep_cache=False, remat=remat)[0]
 
     def prefill(self, tokens_PT: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden state [P, D] at each prompt's last token, and its cache [L, P, K, T, H]."""
-        x, cache = self._full(tokens_PT, keep_cache=True, remat=False)
+        x, cache = self._full(tokens_PT, None, keep_cache=True, remat=False)
         assert cache is not None
         last = jnp.take_along_axis(x, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
         return last, cache

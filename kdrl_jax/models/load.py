@@ -146,19 +146,28 @@ def _check_sha256(path: Path, expected: str) -> None:
 def _download(name: str) -> Path:
     import huggingface_hub
 
+    reason = ""
+    try:
+        # Asked once: a download asks six times in half a minute, and the name may be a mistyped path.
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:  # The client raises its own, its HTTP library's and the system's errors.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    cached = bool(reason)  # What was fetched before may be all there.
     try:
         # A model that is not supported is refused by its config, before its weights are fetched.
-        config = Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    except Exception:  # No config, no network or no such name: said below, or a folder of GGUF files.
+        config = Path(huggingface_hub.hf_hub_download(name, "config.json", local_files_only=cached))
+    except Exception:  # No config: said below, or a folder of GGUF files.
         config = None
     if config is not None:
         read_config(config.parent)
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
-    except Exception as error:  # The client raises its own, its HTTP library's and the system's errors.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], local_files_only=cached
+            )
+        )
+    except Exception as error:
         raise ValueError(
-            f"path={name!r} is not a local path and could not be fetched from the hub ({lines[0]}); "
-            "give `path: FOLDER` with the model's files"
+            f"path={name!r} is not a local path and could not be fetched from the hub "
+            f"({reason or ' '.join(str(error).split())[:200]}); give `path: FOLDER` with the model's files"
         ) from error
-    return Path(folder)
