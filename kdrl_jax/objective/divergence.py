@@ -117,7 +117,7 @@ def mixture(logps: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
         weights: [..., K], about the leading dimensions of `logps`; at least 0, summing to 1 over K. A
             teacher of weight 0 counts nothing, whatever it says.
     """
-    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), _NOTHING)
+    log_weights = jnp.log(weights)
 
     def part(k: int, logp: jax.Array) -> jax.Array:
         w = log_weights[..., k]
