@@ -85,7 +85,7 @@ def _integral(d: jax.Array, bound: Bound | None) -> jax.Array:
         x = jnp.abs(d / bound.limit)
         return bound.limit**2 * (x + jnp.log1p(jnp.exp(-2.0 * x)) - math.log(2.0))
     # A slope that is d itself gives d^2 / 2; a clipped one continues it as a straight line.
-    slope = jax.lax.stop_gradient(bounded(d, bound))
+    slope = bounded(d, bound)
     return slope * d - slope**2 / 2
 
 
