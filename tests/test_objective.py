@@ -270,9 +270,13 @@ def test_only_the_student_has_a_gradient(estimator):
             return clipped_policy_loss(s, o, 1.0 + kl.k1_reward(s, t), *WIDE)[0].sum()
         return sampled_kd_loss(estimator, s, t, o).sum()
 
-    grads = jax.grad(total, (0, 1, 2))(*(jax.nn.log_softmax(x) for x in draw(7)))
+    inputs = [jax.nn.log_softmax(x) for x in draw(7)]
+    grads = jax.grad(total, (0, 1, 2))(*inputs)
     assert jnp.abs(grads[0]).min() > 1e-6
     assert (jnp.stack(grads[1:]) == 0).all()
+    # What is stopped is stopped where it is made, not by the good grace of who takes it.
+    for stopped in (kl.k1_reward, kl.importance_weight, lambda s, t: kl.extrapolate(s, t, 1.5)):
+        assert (jnp.stack(jax.grad(lambda *x, f=stopped: f(*x).sum(), (0, 1))(*inputs[:2])) == 0).all()
 
 
 D = np.array([-30.0, -3.0, -0.4, 0.0, 0.4, 3.0, 49.9])
