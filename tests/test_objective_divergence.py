@@ -198,8 +198,9 @@ def test_finite_and_not_negative_on_extreme_logits(student, teacher, d):
     assert np.isfinite(grad).all()
 
 
-def test_leading_dimensions_are_states():
-    d = Divergence("jsd", top_k=2)
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_leading_dimensions_are_states(top_k):
+    d = Divergence("jsd", top_k=top_k)
     pairs = [draw(s) for s in range(6)]
     student, teacher = (jnp.stack([p[i] for p in pairs]).reshape(2, 3, V) for i in (0, 1))
     found = of_logits(d, student, teacher)
