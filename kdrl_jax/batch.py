@@ -41,14 +41,13 @@ def make_batch_builder(config: Config) -> BatchBuilder:
             group_size=group_size,
             end_token=config.kd.end_token,
         )
-        std = config.rl.advantage == "grpo"
         return TrainBatch(
             tokens_BT=rollouts.tokens_BT,
             prompt_lengths_B=rollouts.prompt_lengths_B,
             completion_mask_BT=completion,
             rl_mask_BT=completion,
             kd_mask_BT=mask,
-            advantages_B=group_advantages(rewards_B, group_size, divide_by_std=std),
+            advantages_B=group_advantages(rewards_B, group_size, config.rl.advantage),
             sampler_logprobs_BT=rollouts.sampler_logprobs_BT,
             old_logprobs_BT=old_logprobs_BT,
             teacher_logprobs_BT=teacher_logprobs_BT,

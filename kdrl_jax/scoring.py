@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kdrl_jax.models.decoder import Model
 from kdrl_jax.models.head import Head, head_logits
-from kdrl_jax.objective.kl import full_reverse_kl
+from kdrl_jax.objective.divergence import Divergence, divergence
 from kdrl_jax.types import Params
 
 
@@ -105,7 +105,8 @@ def score_predictors(
         # One tokenizer, but each model pads its vocabulary its own way; the padding is masked out.
         width = min(student.shape[-1], teacher.shape[-1])
         student, teacher = student[..., :width], teacher[..., :width]
-        return *out, full_reverse_kl(student, teacher), student.argmax(-1) == teacher.argmax(-1)
+        exact = divergence(Divergence(), jax.nn.log_softmax(student), jax.nn.log_softmax(teacher))
+        return *out, exact, student.argmax(-1) == teacher.argmax(-1)
 
     _, outs = jax.lax.scan(lambda _, xs: (None, one(head, xs)), None, inputs)
 

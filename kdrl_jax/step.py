@@ -17,8 +17,8 @@ from kdrl_jax.config.schema import is_zero
 from kdrl_jax.models.adapters import overlay
 from kdrl_jax.models.decoder import Model
 from kdrl_jax.models.head import Head
-from kdrl_jax.objective.kdrl import kd_token_loss
-from kdrl_jax.objective.kl import bound_acts
+from kdrl_jax.objective.kdrl import sampled_kd_loss
+from kdrl_jax.objective.kl import Bound, bound_acts
 from kdrl_jax.objective.masks import token_weights
 from kdrl_jax.objective.policy import clipped_policy_loss
 from kdrl_jax.optim import make_schedule
@@ -54,9 +54,9 @@ class Objective:
     def weigh(self, batch: TrainBatch) -> TokenWeights:
         """Denominators of the whole minibatch."""
         return TokenWeights(
-            token_weights(batch.rl_mask_BT, self.config.rl.denominator),
-            token_weights(batch.kd_mask_BT, self.config.kd.denominator),
-            token_weights(batch.completion_mask_BT, "tokens"),
+            token_weights(batch.rl_mask_BT, batch.completion_mask_BT, self.config.rl.denominator),
+            token_weights(batch.kd_mask_BT, batch.completion_mask_BT, self.config.kd.denominator),
+            token_weights(batch.completion_mask_BT, batch.completion_mask_BT, "tokens"),
         )
 
     @property
@@ -90,32 +90,29 @@ class Objective:
         terms: dict[str, jax.Array] = {}
         extra: dict[str, jax.Array] = {}
         if "rl" in self.terms:
-            loss, clipped = clipped_policy_loss(
-                student,
-                old,
-                batch.advantages_B[:, None],
-                clip_low=c.rl.clip_low,
-                clip_high=c.rl.clip_high,
+            loss, low, high = clipped_policy_loss(
+                student, old, batch.advantages_B[:, None], c.rl.clip_low, c.rl.clip_high
             )
             terms["rl"] = jnp.sum(weights.rl_BT * loss)
-            extra["rl/clip_frac"] = jnp.sum(weights.rl_BT * clipped)
+            extra["rl/clip_frac"] = jnp.sum(weights.rl_BT * (low | high))
         sampled = c.rollout.source == "student"
         if batch.teacher_logprobs_BT is not None and sampled:
             d = student - batch.teacher_logprobs_BT
             extra["kd/reverse_kl"] = jnp.sum(weights.completion_BT * d)
         if "kd" in self.terms:
             assert batch.teacher_logprobs_BT is not None
-            loss = kd_token_loss(
-                c.kd.estimator,
-                student=student,
-                teacher=batch.teacher_logprobs_BT,
-                old=old,
-                full=scores.reverse_kl_BT,
-                bound=c.kd.max_abs_logratio,
-            )
+            limit = c.kd.max_abs_logratio
+            bound = None if limit is None else Bound(limit)
+            if c.kd.estimator == "full":
+                assert scores.reverse_kl_BT is not None
+                loss = scores.reverse_kl_BT
+            else:
+                # k1's reward by its score function: the gradient of a policy term whose clip never acts.
+                sampled_loss = "score_function" if c.kd.estimator == "k1" else c.kd.estimator
+                loss = sampled_kd_loss(sampled_loss, student, batch.teacher_logprobs_BT, old, bound)
             terms["kd"] = jnp.sum(weights.kd_BT * loss)
-            if c.kd.max_abs_logratio is not None:
-                acts = bound_acts(student, batch.teacher_logprobs_BT, c.kd.max_abs_logratio)
+            if bound is not None:
+                acts = bound_acts(student, batch.teacher_logprobs_BT, bound)
                 extra["kd/clip_frac"] = jnp.sum(weights.kd_BT * acts)
         if scores.reverse_kl_BT is not None:
             extra["kd/reverse_kl_exact"] = jnp.sum(weights.completion_BT * scores.reverse_kl_BT)

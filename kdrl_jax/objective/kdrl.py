@@ -1,36 +1,31 @@
-"""The terms of KDRL per token, by name. The update weighs, adds and differentiates them."""
+"""The KD losses at sampled tokens, by name."""
 
 import jax
 
 from kdrl_jax.objective import kl
 
+SAMPLED = ("k2", "score_function", "k3_forward")
 
-def kd_token_loss(
+
+def sampled_kd_loss(
     estimator: str,
-    *,
     student: jax.Array,
     teacher: jax.Array,
     old: jax.Array,
-    full: jax.Array | None,
-    bound: float | None = None,
+    bound: kl.Bound | None = None,
 ) -> jax.Array:
-    """The KD term at each token, in nats.
-
-    Args:
-        estimator: `k2`, `k1` (as a reward), `k3_forward`, or `full`.
-        student, teacher, old: log-probabilities of the sampled tokens; see `kl.k2`.
-        full: exact reverse KL per state, with its gradient; needed by `full` alone.
-        bound: see `kl.k2`; k1 and k2 only.
+    """The KD loss at each sampled token, in nats; arguments as in `kl`.
 
     Raises:
-        ValueError: for an estimator that does not exist or lacks its input.
+        ValueError: for an estimator that is no loss of sampled tokens, and for a bound where there is
+            no d to bound.
     """
     if estimator == "k2":
         return kl.k2(student, teacher, old, bound)
-    if estimator == "k1":
-        return kl.k1_reward(student, teacher, old, bound)
+    if estimator == "score_function":
+        return kl.score_function(student, teacher, old, bound)
     if estimator == "k3_forward":
+        if bound is not None:
+            raise ValueError(f"k3_forward has no bound on d, got {bound}; use k2 or score_function")
         return kl.k3_forward(student, teacher, old)
-    if estimator == "full" and full is not None:
-        return full
-    raise ValueError(f"kd estimator {estimator!r} is unknown, or its exact divergence is not given")
+    raise ValueError(f"{estimator!r} is no loss of sampled tokens; use one of {', '.join(SAMPLED)}")
