@@ -75,7 +75,7 @@ def lower_update(model: Model, mesh: Mesh) -> Any:
             "train": {"num_steps": 1, "prompts_per_iteration": 1, "remat": True},
         }
     )
-    head = HeadSettings(num_tokens=model.config.vocab_size, temperature=1.0, chunk=1024, max_new_tokens=NEW)
+    head = HeadSettings(num_tokens=model.config.vocab_size, chunk=1024, max_new_tokens=NEW)
     optimizer = make_optimizer(config.optimizer)
     params = abstract_params(model, mesh, jnp.float32)
     count = array(dtype=jnp.int32)
@@ -116,8 +116,9 @@ def lower_decode(model: Model, mesh: Mesh) -> Any:
     params = abstract_params(model, mesh, jnp.float32)
     prompts = array(2, LENGTH - NEW, dtype=jnp.int32), array(2, dtype=jnp.int32), array(2, dtype=jnp.int32)
     with jax.set_mesh(mesh):
-        carry = jax.eval_shape(engine._start, params, *prompts, jax.random.key(0))
-        return engine._chunk.lower(params, carry)
+        temperature = array()
+        carry = jax.eval_shape(engine._start, params, *prompts, jax.random.key(0), temperature)
+        return engine._chunk.lower(params, carry, temperature)
 
 
 def cpu_seconds(fn: Callable[[], Any]) -> tuple[float, Any]:

@@ -62,7 +62,7 @@ def sample(
     text = TextStream(single.tokenizer)
     timer = _Timer()
     completion: list[int] = []
-    for chunk in engine.stream(params, prompts, key):
+    for chunk in engine.stream(params, prompts, key, temperature=config.rollout.temperature):
         completion = _completion(chunk, len(ids))
         timer.count(len(completion))
         out.write(text.feed(completion, is_last=chunk.num_running == 0))
@@ -127,7 +127,6 @@ def make_engine(config: Config, options: SampleOptions, single: SingleModel, num
         pad_id=tokenizer.pad_id,
         decode_chunk=_CHUNK,
         sampler=SamplerSettings(
-            temperature=config.rollout.temperature,
             greedy=options.greedy,
             top_k=config.eval.top_k,
             top_p=config.eval.top_p,

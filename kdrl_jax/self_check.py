@@ -17,7 +17,14 @@ from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.runs import run_of
-from kdrl_jax.scoring import HeadSettings, predictors, score_in_passes, score_predictors
+from kdrl_jax.scoring import (
+    HeadSettings,
+    TeacherSide,
+    predictors,
+    score_in_passes,
+    score_predictors,
+    window,
+)
 from kdrl_jax.types import Params, TrainingError
 
 LIMIT = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05}
@@ -101,7 +108,7 @@ def self_divergence(
     """Mean exact KL(student || teacher) per token, nats at temperature 1, on rows of random ids."""
     shards = sharding.batch_shards(mesh)
     length = min(MAX_POSITIONS, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
-    head = dataclasses.replace(head, temperature=1.0, max_new_tokens=length - 1)
+    head = dataclasses.replace(head, max_new_tokens=length - 1)
     rng = np.random.default_rng(config.seed)
     # Two rows a device, in two passes. Completions begin anywhere in the first half.
     rows = (
@@ -113,7 +120,14 @@ def self_divergence(
     @jax.jit
     def score_teacher(params: Params, tokens: jax.Array, starts: jax.Array) -> jax.Array:
         _, states = score_in_passes(
-            teacher.model, params, tokens, starts, head, rows_per_pass=shards, keep_states=True
+            teacher.model,
+            params,
+            tokens,
+            starts,
+            jnp.ones(starts.shape),
+            head,
+            rows_per_pass=shards,
+            keep_states=True,
         )
         assert states is not None
         return states
@@ -130,15 +144,14 @@ def self_divergence(
         scores = score_predictors(
             predictors(decoder.hidden(tokens, remat=config.train.remat), starts, head),
             decoder.output_head(),
-            tokens,
-            starts,
+            window(tokens, starts, head),
+            jnp.ones(starts.shape),
             head,
-            teacher_states,
-            teacher.model.bind(teacher_params).output_head(),
+            TeacherSide((teacher_states,), (teacher.model.bind(teacher_params).output_head(),)),
         )
-        assert scores.reverse_kl_BT is not None
-        completion = jnp.arange(length)[None, :] >= starts[:, None]
-        return jnp.mean(scores.reverse_kl_BT, where=completion)
+        assert scores.reverse_kl is not None
+        completion = window(jnp.ones(tokens.shape, bool), starts, head)
+        return jnp.mean(scores.reverse_kl, where=completion)
 
     with jax.set_mesh(mesh):
         states = score_teacher(teacher.params, tokens, starts)

@@ -74,7 +74,6 @@ class Setup:
         c = self.config
         return HeadSettings(
             num_tokens=self.num_tokens,
-            temperature=c.rollout.temperature,
             chunk=c.train.head_chunk,
             max_new_tokens=c.rollout.max_new_tokens,
         )

@@ -17,12 +17,13 @@ from kdrl_jax.config.schema import is_zero
 from kdrl_jax.models.adapters import overlay
 from kdrl_jax.models.decoder import Model
 from kdrl_jax.models.head import Head
+from kdrl_jax.objective.divergence import Divergence
 from kdrl_jax.objective.kdrl import kd_token_loss
 from kdrl_jax.objective.kl import bound_acts
 from kdrl_jax.objective.masks import token_weights
 from kdrl_jax.objective.policy import clipped_policy_loss
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.scoring import HeadSettings, predictors, score_predictors
+from kdrl_jax.scoring import HeadSettings, TeacherSide, predictors, score_predictors, unwindow, window
 from kdrl_jax.types import Metrics, Params, TrainBatch, TrainState
 
 TERMS = ("rl", "kd", "sft")
@@ -75,16 +76,23 @@ class Objective:
         c = self.config
         decoder = self.student.bind(params)
         hidden = decoder.hidden(batch.tokens_BT, remat=c.train.remat)
+        starts = batch.prompt_lengths_B
+        teacher = None
+        if batch.teacher_states_BND is not None:
+            assert teacher_head is not None
+            teacher = TeacherSide((batch.teacher_states_BND,), (teacher_head,))
         scores = score_predictors(
-            predictors(hidden, batch.prompt_lengths_B, self.head),
+            predictors(hidden, starts, self.head),
             decoder.output_head(),
-            batch.tokens_BT,
-            batch.prompt_lengths_B,
+            window(batch.tokens_BT, starts, self.head),
+            jnp.full(starts.shape, c.rollout.temperature),
             self.head,
-            batch.teacher_states_BND,
-            teacher_head,
+            teacher,
+            None if teacher is None else Divergence("reverse_kl"),
+            train_head=self.student.holding.lora is None,
         )
-        student = scores.logprobs_BT
+        scores = jax.tree.map(lambda x: unwindow(x, batch.tokens_BT, starts), scores)
+        student = scores.logprobs
         # Without recorded old log-probabilities the samples are the student's own, just drawn.
         old = jax.lax.stop_gradient(student) if batch.old_logprobs_BT is None else batch.old_logprobs_BT
         terms: dict[str, jax.Array] = {}
@@ -110,18 +118,18 @@ class Objective:
                 student=student,
                 teacher=batch.teacher_logprobs_BT,
                 old=old,
-                full=scores.reverse_kl_BT,
+                full=scores.divergence,
                 bound=c.kd.max_abs_logratio,
             )
             terms["kd"] = jnp.sum(weights.kd_BT * loss)
             if c.kd.max_abs_logratio is not None:
                 acts = bound_acts(student, batch.teacher_logprobs_BT, c.kd.max_abs_logratio)
                 extra["kd/clip_frac"] = jnp.sum(weights.kd_BT * acts)
-        if scores.reverse_kl_BT is not None:
-            extra["kd/reverse_kl_exact"] = jnp.sum(weights.completion_BT * scores.reverse_kl_BT)
+        if scores.reverse_kl is not None:
+            extra["kd/reverse_kl_exact"] = jnp.sum(weights.completion_BT * scores.reverse_kl)
         if "sft" in self.terms:
             terms["sft"] = -jnp.sum(weights.rl_BT * student)
-        extra["entropy"] = jnp.sum(weights.completion_BT * scores.entropy_BT)
+        extra["entropy"] = jnp.sum(weights.completion_BT * scores.entropy)
         if sampled:
             gap = jnp.abs(old - batch.sampler_logprobs_BT)
             extra["sampler/logprob_gap"] = jnp.sum(weights.completion_BT * gap)

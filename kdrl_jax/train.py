@@ -10,12 +10,14 @@ write     metrics and samples
 save      a checkpoint, if due; nothing is in flight here
 """
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -32,6 +34,7 @@ from kdrl_jax.metrics import (
     write_json,
     write_jsonl,
 )
+from kdrl_jax.models.decoder import Model
 from kdrl_jax.models.head import Head
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool, Scored, is_correct, total
@@ -39,7 +42,7 @@ from kdrl_jax.rollout.engine import Stopped
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.runs import check_same_run, is_complete, prerequisites
-from kdrl_jax.scoring import score_in_passes
+from kdrl_jax.scoring import score_in_passes, unwindow
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
 from kdrl_jax.sharding import rows as row_sharding
@@ -123,7 +126,7 @@ class _Run:
             setup.student,
             c.train.prompts_per_iteration,
             c.rollout.group_size,
-            SamplerSettings(temperature=c.rollout.temperature),
+            SamplerSettings(),
         )
         self._compile()
         # Settings and data have been looked at; only now is anything written, and the config only
@@ -158,26 +161,28 @@ class _Run:
         )
         self.diagnose = jax.jit(make_diagnostics(objective))
         self.build_batch = make_batch_builder(c)
-        self.score_student = jax.jit(
-            lambda params, tokens, starts: score_in_passes(
-                setup.student, params, tokens, starts, setup.head, rows_per_pass=per_pass
-            )[0]
-        )
+
+        def score(
+            model: Model, keep_states: bool, params: Params, tokens: jax.Array, starts: jax.Array
+        ) -> tuple[jax.Array, jax.Array | None]:
+            temperature = jnp.full(starts.shape, c.rollout.temperature)
+            logprobs, states = score_in_passes(
+                model,
+                params,
+                tokens,
+                starts,
+                temperature,
+                setup.head,
+                rows_per_pass=per_pass,
+                keep_states=keep_states,
+            )
+            return unwindow(logprobs, tokens, starts), states
+
+        self.score_student = jax.jit(functools.partial(score, setup.student, False))
         self.exact_kl = c.uses_teacher and c.kd.estimator == "full"
         self.teacher_head: Head | None = None
         if setup.teacher is not None:
-            model = setup.teacher.model
-            self.score_teacher = jax.jit(
-                lambda params, tokens, starts: score_in_passes(
-                    model,
-                    params,
-                    tokens,
-                    starts,
-                    setup.head,
-                    rows_per_pass=per_pass,
-                    keep_states=self.exact_kl,
-                )
-            )
+            self.score_teacher = jax.jit(functools.partial(score, setup.teacher.model, self.exact_kl))
             if self.exact_kl:
                 self.teacher_head = setup.teacher.head
 
@@ -261,9 +266,10 @@ class _Run:
         teacher_logprobs, teacher_states = self.teacher_scores(rollouts)
         old_logprobs = None
         if self.config.train.num_minibatches > 1:
-            old_logprobs = self.score_student(
-                self.student_params, rollouts.tokens_BT, rollouts.prompt_lengths_B
-            )
+            with jax.set_mesh(self.setup.mesh):
+                old_logprobs, _ = self.score_student(
+                    self.student_params, rollouts.tokens_BT, rollouts.prompt_lengths_B
+                )
         ids = completion_ids(rollouts)
         texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
         scored = self.rewards(prompts, texts)
@@ -317,6 +323,7 @@ class _Run:
             self.student_params,
             prompts,
             jax.random.fold_in(seed_key(c.seed), int(self.state.step)),
+            temperature=c.rollout.temperature,
             on_chunk=lambda tokens, running: self.reporter.stage(
                 f"sampling: {tokens} tokens, {running} rows running"
             ),

@@ -13,7 +13,8 @@ from kdrl_jax import sharding
 from kdrl_jax.batch import make_batch_builder, split
 from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.models.decoder import DecoderConfig, make_model
-from kdrl_jax.scoring import HeadSettings, score_in_passes, score_tokens
+from kdrl_jax.scoring import HeadSettings, score_in_passes, unwindow
+from kdrl_jax.scoring import score_tokens as score_windows
 from kdrl_jax.step import Objective, make_diagnostics, make_update
 from kdrl_jax.types import Rollouts, TrainState
 
@@ -63,7 +64,13 @@ def rollouts(pad=0):
     )
 
 
-HEAD = HeadSettings(num_tokens=V, temperature=1.0, chunk=64, max_new_tokens=T - 6)
+HEAD = HeadSettings(num_tokens=V, chunk=64, max_new_tokens=T - 6)
+
+
+def score_tokens(model, params, tokens, starts, head, score=score_windows, **options):
+    """At temperature 1, log-probabilities at their tokens [B, T]."""
+    lp, states = score(model, params, tokens, starts, jnp.ones(starts.shape), head, **options)
+    return unwindow(lp, tokens, starts), states
 
 
 @functools.cache
@@ -250,12 +257,13 @@ def test_student_and_teacher_may_pad_their_vocabularies_differently():
 def test_scoring_in_passes_is_scoring_at_once():
     r = rollouts()
     for rows in (2, 16):
-        lp, states = score_in_passes(
+        lp, states = score_tokens(
             TEACHER,
             teacher_params(),
             r.tokens_BT,
             r.prompt_lengths_B,
             HEAD,
+            score_in_passes,
             rows_per_pass=rows,
             keep_states=True,
         )

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what is written, exact resume, and what bad input leaves behind."""
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import load_config, load_run_config
+from kdrl_jax.eval import evaluate
 from kdrl_jax.main import main
 from kdrl_jax.report import report
 from kdrl_jax.runs import is_complete
@@ -37,7 +39,7 @@ TREE = {
     "teacher": {"architecture": {**SHAPE, "hidden_size": 32}},
     "tokenizer": {"kind": "char"},
     "data": {"train": [TASK], "eval": [{**TASK, "split": "heldout"}], "max_prompt_tokens": 6},
-    "rollout": {"group_size": 2, "max_new_tokens": 10, "decode_chunk": 4},
+    "rollout": {"group_size": 2, "max_new_tokens": 10, "decode_chunk": 4, "temperature": 0.8},
     "reward": {"shaping": {"format": 0.1}, "num_workers": 1},
     "kd": {"coef": {"kind": "max_linear", "a": 1.0, "b": 0.1, "c": 0.5}},
     "optimizer": {"learning_rate": 1e-3},
@@ -113,7 +115,7 @@ def test_what_a_run_leaves(uninterrupted):
         assert all(v is None or isinstance(v, (int, float)) for v in row.values())
         measured = {"rl/grad_norm", "kd/grad_norm", "grad_cosine"}
         assert (measured <= set(row)) == (row["step"] % 2 == 0)
-        assert row["sampler/logprob_gap"] < 1e-4
+        assert row["sampler/logprob_gap"] < 1e-4  # at a temperature that is not 1
     np.testing.assert_allclose([r["kd/coef"] for r in rows], [1.0, 0.9, 0.8, 0.7], rtol=1e-6)
     assert sorted(p.name for p in (uninterrupted / "eval").iterdir()) == [
         "step_000000.json", "step_000002.json", "step_000004.json", "teacher.json",
@@ -121,6 +123,20 @@ def test_what_a_run_leaves(uninterrupted):
     sample = json.loads((uninterrupted / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
     assert {"question", "answer", "completion", "reward", "scores"} <= set(sample)
     assert load_run_config(uninterrupted).train.num_steps == 4
+
+
+def test_evaluation_samples_at_its_temperature(tmp_path):
+    """Near 0 the samples are the greedy answers, at 1 they are not."""
+    means = {}
+    for temperature in (1.0, 1e-3):
+        words = [f"eval.temperature={temperature}", "eval.agreement=false"]
+        out = io.StringIO()
+        evaluate(load_config(config_file(tmp_path), words), Console(file=out), lambda: False, is_run=False)
+        cells = [line.split("│")[1:3] for line in out.getvalue().splitlines() if "repeated_4gram" in line]
+        means[temperature] = {name.strip(): float(value) for name, value in cells}
+    cold, warm = means[1e-3], means[1.0]
+    assert cold["sampled/repeated_4gram_frac"] == cold["greedy/repeated_4gram_frac"]
+    assert warm["sampled/repeated_4gram_frac"] < warm["greedy/repeated_4gram_frac"]
 
 
 def test_a_report_can_be_drawn(uninterrupted, capsys):

@@ -13,7 +13,6 @@ MAX_CANDIDATES = 256
 class SamplerSettings:
     """How tokens are drawn. Training uses the full distribution; the rest is for evaluation."""
 
-    temperature: float = 1.0
     greedy: bool = False
     top_k: int = 0
     top_p: float = 1.0
