@@ -82,7 +82,7 @@ class Evaluator:
         )
         # As many rows at a time as training samples.
         self._rows = config.train.prompts_per_iteration * config.rollout.group_size
-        self._shards = batch_shards(mesh)
+        self._mesh = mesh
 
     def accuracy(
         self,
@@ -118,7 +118,8 @@ class Evaluator:
             ]
         kl = top = count = 0.0
         for rollouts, num_rows in self._reference:
-            sums = self._agreement(params, teacher.params, rollouts, num_rows)
+            with jax.set_mesh(self._mesh):
+                sums = self._agreement(params, teacher.params, rollouts, num_rows)
             kl, top, count = kl + float(sums[0]), top + float(sums[1]), count + float(sums[2])
         return {"teacher_reverse_kl": kl / count, "teacher_top_agreement": top / count}
 
@@ -162,7 +163,8 @@ class Evaluator:
             c = self._config
             total = len(self.prompts.questions)
             fits = min(max(self._rows // num_samples, 1), total)
-            num = -(-fits // self._shards) * self._shards
+            shards = batch_shards(self._mesh)
+            num = -(-fits // shards) * shards
             sampler = SamplerSettings(greedy=greedy, top_k=c.eval.top_k, top_p=c.eval.top_p)
             self._engines[key] = self._make_engine(model, num, num_samples, sampler)
         return self._engines[key]

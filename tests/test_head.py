@@ -66,6 +66,7 @@ class Case:
     head: Head
     teacher: TeacherSide | None = None
     divergence: Divergence | None = None
+    states: jax.Array = dataclasses.field(default_factory=lambda: STATES)
 
 
 CASES = {
@@ -75,6 +76,8 @@ CASES = {
     "wide": Case(make_head(D, 40, tied=True, softcap=3.0), ONE, Divergence("jsd", beta=0.3)),
     "two": Case(make_head(D, COLUMNS, tied=False, softcap=3.0), TWO, Divergence("reverse_kl")),
     "top_k": Case(make_head(D, NUM_TOKENS, tied=True), TWO, Divergence("forward_kl", top_k=4)),
+    # A width that 8 devices do not divide.
+    "odd": Case(make_head(12, COLUMNS, tied=True), ONE, Divergence("reverse_kl"), TEACHER_STATES[0] + 0.5),
 }
 
 
@@ -145,7 +148,7 @@ def plain(name, loss, has_aux):
     def of(states, kernel):
         return loss(plain_scores(states, with_kernel(case, kernel), case.teacher, case.divergence), INPUTS)
 
-    return gradients(of, STATES, case.head.kernel, has_aux=has_aux)
+    return gradients(of, case.states, case.head.kernel, has_aux=has_aux)
 
 
 # ---- The two ways
@@ -190,10 +193,10 @@ def close(got, expected, rtol=1e-5):
 def test_both_ways_are_the_plain_one(name, chunk):
     case, settings = CASES[name], dataclasses.replace(SETTINGS, chunk=chunk)
     expected = plain(name, kdrl_like, True)
-    close(gradients(fused(case, settings), STATES, case.head.kernel), expected)
-    close(jax.jit(fused(case, settings))(STATES, case.head.kernel), expected[0])
+    close(gradients(fused(case, settings), case.states, case.head.kernel), expected)
+    close(jax.jit(fused(case, settings))(case.states, case.head.kernel), expected[0])
     close(
-        gradients(recomputed(case, settings), STATES, case.head.kernel, has_aux=False),
+        gradients(recomputed(case, settings), case.states, case.head.kernel, has_aux=False),
         plain(name, gspo_like, False),
     )
 
@@ -201,8 +204,8 @@ def test_both_ways_are_the_plain_one(name, chunk):
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_the_plain_ones(name):
     case = CASES[name]
-    got = jax.jit(recomputed(case, loss=lambda scores, _: scores))(STATES, case.head.kernel)
-    expected = plain_scores(STATES, case.head, case.teacher, case.divergence)
+    got = jax.jit(recomputed(case, loss=lambda scores, _: scores))(case.states, case.head.kernel)
+    expected = plain_scores(case.states, case.head, case.teacher, case.divergence)
     for field in dataclasses.fields(got):
         close(getattr(got, field.name), getattr(expected, field.name))
     if name == "two":
@@ -232,11 +235,18 @@ def place(case, mesh):
         tuple(map(put, case.teacher.heads)),
         jax.device_put(case.teacher.weights_BK, rows),
     )
-    return jax.device_put(STATES, rows), put(case.head).kernel, teacher
+    return jax.device_put(case.states, rows), put(case.head).kernel, teacher
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [*(("two", m) for m in MESHES), ("wide", (2, 2, 2)), ("wide", (1, 2, 4))], ids=str
+    ("name", "mesh"),
+    [
+        *(("two", mesh) for mesh in MESHES),
+        *(("wide", mesh) for mesh in ((2, 2, 2), (1, 2, 4))),
+        ("odd", (1, 8, 1)),
+        ("top_k", (2, 2, 2)),  # 21 columns over 2
+    ],
+    ids=str,
 )
 def test_meshes_give_the_same_gradient(name, mesh):
     """Rows over 1 to 8 devices, the vocabulary over 1 to 8, heads of other widths; passes on each."""
@@ -278,10 +288,11 @@ def test_kernels_travel_once_and_never_in_the_loop(way, mesh):
         found = collectives(of.lower(*args).compile().as_text())
     data, fsdp, tensor = mesh
     rows = B // (data * fsdp)
-    # A pass of one token a row: nothing larger than its states travels, so no logits and no kernel.
-    in_loop = [size for inside, _, size in found if inside]
-    assert bool(in_loop) == (tensor > 1)
-    assert max(in_loop, default=0) <= rows * D < rows * COLUMNS
+    # A pass of one token a row: nothing larger than its states travels, so no logits and no kernel, and
+    # only to be summed: no device needs another's columns.
+    in_loop = [(kind, size) for inside, kind, size in found if inside]
+    assert {kind for kind, _ in in_loop} == ({"all-reduce"} if tensor > 1 else set())
+    assert max((size for _, size in in_loop), default=0) <= rows * D < rows * COLUMNS
     kernel = D * COLUMNS // tensor
     outside = [(kind, size) for inside, kind, size in found if not inside]
     # The gradient is summed once over fsdp (each keeps its part) and once over data, for each part of
@@ -346,6 +357,28 @@ def grad_of(of, has_aux=True):
     return jax.grad(of, argnums=(0, 1), has_aux=has_aux)
 
 
+@pytest.mark.parametrize("way", [fused, recomputed])
+def test_products_are_taken_in_the_compute_type_and_the_kernel_cast_once(way):
+    """All products in bfloat16 summed in float32, and the float32 kernel not cast in each pass again."""
+    case = CASES["untied"]
+    states = STATES.astype(jnp.bfloat16)
+    theirs = (dataclasses.replace(ONE.heads[0], kernel=ONE.heads[0].kernel.astype(jnp.bfloat16)),)
+    teacher = TeacherSide((ONE.states[0].astype(jnp.bfloat16),), theirs)
+    of = grad_of(way(case), has_aux=way is fused)
+    found = list(equations(jax.make_jaxpr(of)(states, case.head.kernel, teacher).jaxpr))
+    products = [e for e, _ in found if e.primitive.name == "dot_general"]
+    assert len(products) >= 4
+    for e in products:
+        assert {v.aval.dtype for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+        assert e.outvars[0].aval.dtype == jnp.float32
+    casts = [
+        times
+        for e, times in found
+        if e.primitive.name == "convert_element_type" and e.invars[0].aval.shape == case.head.kernel.shape
+    ]
+    assert sum(casts) == (1 if way is fused else 2)
+
+
 def test_no_array_is_as_large_as_all_logits():
     case = CASES["two"]
     all_logits = B * N * NUM_TOKENS
@@ -398,6 +431,10 @@ def test_only_the_loss_has_a_gradient_and_only_in_states_and_kernel():
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads))
     of_sum = jax.grad(lambda s: fused(case)(s, case.head.kernel)[1]["entropy"])(STATES)
     assert not np.asarray(of_sum).any()
+    metric = fused(case, token_loss=lambda scores, x: (jnp.sum(scores.reverse_kl), {}))
+    again = recomputed(case, loss=lambda scores, x: jnp.sum(scores.reverse_kl))
+    for of in (lambda s: metric(s, case.head.kernel)[0], lambda s: again(s, case.head.kernel)):
+        assert not np.asarray(jax.grad(of)(STATES)).any()
     # The backward pass scales by what comes after.
     (value, _), (in_states, in_kernel) = plain("two", kdrl_like, True)
     squared = jax.grad(lambda s, k: fused(case)(s, k)[0] ** 2, argnums=(0, 1))(STATES, case.head.kernel)

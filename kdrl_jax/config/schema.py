@@ -281,8 +281,10 @@ class TrainConfig(Section):
     """Rows per forward and backward, over all devices; None is the whole minibatch. Changes memory only."""
     remat: Flag = False
     """Recompute each layer in the backward pass: less memory, about a third more work."""
-    head_chunk: Positive = 1024
-    """Tokens per pass through the vocabulary head; bounds memory, changes nothing else."""
+    head_chunk: Positive = 320
+    """Tokens per pass through the vocabulary head, on each device; changes memory and speed alone. The
+    default takes at most 1.6 GiB with 151,936 tokens and models 3,584 wide (`benchmarks/head.py`); with
+    room to spare 512 or 1024 is faster, and a vocabulary over `tensor` takes that much less."""
     diagnostics_every: Count = 10
     """Steps between measurements of the separate RL and KD gradients (0: never). One measurement costs
     a forward and two backward passes: about 1.6 updates, shown as `time/diagnostics`."""

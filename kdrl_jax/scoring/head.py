@@ -236,8 +236,8 @@ def _token_scores(
 ) -> TokenScores:
     """Scores [B, n] of some tokens from the products of their states and the kernel.
 
-    Over a vocabulary that lies on several devices only sums and maxima are taken: gathering the target's
-    column would gather all.
+    Over the vocabulary only sums and extrema are taken: the passes over the logits that they need are few,
+    their gradients need no scatter, and where it lies on several devices only results of size [B, n] travel.
     """
     logits = temper(
         bare, operands.head, num_tokens=rules.settings.num_tokens, temperature=operands.temperature_B
