@@ -331,8 +331,10 @@ def equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn, 1
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            yield from ((e, times * n) for e, n in equations(inner))
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from ((e, times * n) for e, n in equations(inner))
 
 
 def largest(of, *args):

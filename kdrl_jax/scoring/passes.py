@@ -84,7 +84,11 @@ Pass = Callable[[Operands], Pieces]
 
 
 def run(one_pass: Pass, operands: Operands, settings: HeadSettings) -> Pieces:
-    """`one_pass` over all tokens, `settings.chunk` at a time on each device."""
+    """`one_pass` over all tokens, `settings.chunk` at a time on each device.
+
+    Rows that do not divide over the devices (none in training) are left to the compiler, which may move
+    kernels in every pass.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
     if not mesh.empty and mesh.shape["tensor"] > 1:
