@@ -30,7 +30,7 @@ from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.setup import abstract_params
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.step import Objective, make_update
-from kdrl_jax.types import TrainBatch, TrainState
+from kdrl_jax.types import FrozenScores, TrainBatch, TrainState
 
 DEPTHS, ROUNDS = (4, 28), 3
 ROWS, LENGTH, NEW = 8, 512, 256
@@ -75,7 +75,7 @@ def lower_update(model: Model, mesh: Mesh) -> Any:
             "train": {"num_steps": 1, "prompts_per_iteration": 1, "remat": True},
         }
     )
-    head = HeadSettings(num_tokens=model.config.vocab_size, temperature=1.0, chunk=1024, max_new_tokens=NEW)
+    head = HeadSettings(num_tokens=model.config.vocab_size, chunk=1024, max_new_tokens=NEW)
     optimizer = make_optimizer(config.optimizer)
     params = abstract_params(model, mesh, jnp.float32)
     count = array(dtype=jnp.int32)
@@ -84,19 +84,22 @@ def lower_update(model: Model, mesh: Mesh) -> Any:
     floats, row_ints = array(ROWS, LENGTH), array(ROWS, dtype=jnp.int32)
     batch = TrainBatch(
         tokens_BT=tokens,
-        prompt_lengths_B=row_ints,
+        starts_B=row_ints,
+        segment_ids_BT=None,
+        temperature_B=array(ROWS),
         completion_mask_BT=mask,
         rl_mask_BT=mask,
         kd_mask_BT=mask,
+        kd_scale_BT=None,
         advantages_B=array(ROWS),
+        correct_B=array(ROWS, dtype=bool),
         sampler_logprobs_BT=floats,
         old_logprobs_BT=None,
-        teacher_logprobs_BT=floats,
-        teacher_states_BND=None,
+        frozen=FrozenScores(teacher_logprobs_BT=floats),
     )
     update = jax.jit(make_update(Objective(config, model, head), optimizer), donate_argnums=0)
     with jax.set_mesh(mesh):
-        return update.lower(state, {}, batch, None)
+        return update.lower(state, {}, batch, ())
 
 
 def lower_decode(model: Model, mesh: Mesh) -> Any:
@@ -116,8 +119,9 @@ def lower_decode(model: Model, mesh: Mesh) -> Any:
     params = abstract_params(model, mesh, jnp.float32)
     prompts = array(2, LENGTH - NEW, dtype=jnp.int32), array(2, dtype=jnp.int32), array(2, dtype=jnp.int32)
     with jax.set_mesh(mesh):
-        carry = jax.eval_shape(engine._start, params, *prompts, jax.random.key(0))
-        return engine._chunk.lower(params, carry)
+        temperature = array()
+        carry = jax.eval_shape(engine._start, params, *prompts, jax.random.key(0), temperature)
+        return engine._chunk.lower(params, carry, temperature)
 
 
 def cpu_seconds(fn: Callable[[], Any]) -> tuple[float, Any]:

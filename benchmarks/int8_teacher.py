@@ -52,9 +52,7 @@ def written_answers(setup: Setup, prompts: Prompts) -> Rollouts:
 
 
 def greedy_answers(setup: Setup, params: Params, prompts: Prompts) -> Rollouts:
-    engine = setup.engine(
-        setup.student, len(prompts.questions), 1, SamplerSettings(temperature=1.0, greedy=True)
-    )
+    engine = setup.engine(setup.student, len(prompts.questions), 1, SamplerSettings(greedy=True))
     return engine.generate(params, prompts, seed_key(0))
 
 

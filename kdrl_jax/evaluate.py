@@ -1,6 +1,5 @@
 """Held-out accuracy, and agreement of student and teacher on the teacher's own greedy answers."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine, Stopped
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
-from kdrl_jax.scoring import HeadSettings, predictors, score_predictors
+from kdrl_jax.scoring import HeadSettings, TeacherSide, predictors, score_predictors, window
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Params, Prompts, Rollouts
 
@@ -74,8 +73,7 @@ class Evaluator:
         self._engines: dict[tuple[int, bool], Engine] = {}
         self._reference: list[tuple[Rollouts, int]] | None = None
         if teacher is not None:
-            same_temperature = dataclasses.replace(head, temperature=1.0)
-            self._agreement = make_agreement(same_temperature, student, teacher.model)
+            self._agreement = make_agreement(head, student, teacher.model)
         self.prompts, self.dropped = load_eval_prompts(
             config.data,
             tokenizer,
@@ -84,7 +82,7 @@ class Evaluator:
         )
         # As many rows at a time as training samples.
         self._rows = config.train.prompts_per_iteration * config.rollout.group_size
-        self._shards = batch_shards(mesh)
+        self._mesh = mesh
 
     def accuracy(
         self,
@@ -116,11 +114,12 @@ class Evaluator:
             engine = self._engine(teacher.model, greedy=True, num_samples=1)
             self._reference = [
                 (r, len(p.questions))
-                for r, p in self._generate(engine, teacher.params, None, "teacher", should_stop)
+                for r, p in self._generate(engine, teacher.on_device(), None, "teacher", should_stop)
             ]
         kl = top = count = 0.0
         for rollouts, num_rows in self._reference:
-            sums = self._agreement(params, teacher.params, rollouts, num_rows)
+            with jax.set_mesh(self._mesh):
+                sums = self._agreement(params, teacher.on_device(), rollouts, num_rows)
             kl, top, count = kl + float(sums[0]), top + float(sums[1]), count + float(sums[2])
         return {"teacher_reverse_kl": kl / count, "teacher_top_agreement": top / count}
 
@@ -164,10 +163,9 @@ class Evaluator:
             c = self._config
             total = len(self.prompts.questions)
             fits = min(max(self._rows // num_samples, 1), total)
-            num = -(-fits // self._shards) * self._shards
-            sampler = SamplerSettings(
-                temperature=c.eval.temperature, greedy=greedy, top_k=c.eval.top_k, top_p=c.eval.top_p
-            )
+            shards = batch_shards(self._mesh)
+            num = -(-fits // shards) * shards
+            sampler = SamplerSettings(greedy=greedy, top_k=c.eval.top_k, top_p=c.eval.top_p)
             self._engines[key] = self._make_engine(model, num, num_samples, sampler)
         return self._engines[key]
 
@@ -187,10 +185,14 @@ class Evaluator:
                 raise Stopped
             rows = np.arange(start, min(start + size, total))
             filled = np.concatenate([rows, np.zeros(size - len(rows), rows.dtype)])
-            yield (
-                engine.generate(params, take(self.prompts, filled), key, should_stop=should_stop),
-                take(self.prompts, rows),
+            rollouts = engine.generate(
+                params,
+                take(self.prompts, filled),
+                key,
+                temperature=self._config.eval.temperature,
+                should_stop=should_stop,
             )
+            yield rollouts, take(self.prompts, rows)
             if on_step is not None:
                 on_step(name, int(rows[-1]) + 1, total)
 
@@ -208,13 +210,19 @@ def make_agreement(
         tokens, starts = rollouts.tokens_BT, rollouts.prompt_lengths_B
         states = [predictors(m.hidden(tokens), starts, head) for m in (ours, theirs)]
         scores = score_predictors(
-            states[0], ours.output_head(), tokens, starts, head, states[1], theirs.output_head()
+            states[0],
+            ours.output_head(),
+            window(tokens, starts, head),
+            jnp.ones(starts.shape, jnp.float32),
+            head,
+            TeacherSide((states[1],), (theirs.output_head(),)),
+            train_head=False,
         )
-        assert scores.reverse_kl_BT is not None
-        assert scores.same_top_BT is not None
+        assert scores.reverse_kl is not None
+        assert scores.same_top is not None
         real = jnp.arange(rollouts.tokens_BT.shape[0]) < num_rows
-        mask = rollouts.completion_mask_BT & real[:, None]
-        kl = jnp.sum(jnp.where(mask, scores.reverse_kl_BT, 0.0))
-        return kl, jnp.sum(mask & scores.same_top_BT), jnp.sum(mask)
+        mask = window(rollouts.completion_mask_BT & real[:, None], starts, head)
+        kl = jnp.sum(jnp.where(mask, scores.reverse_kl, 0.0))
+        return kl, jnp.sum(mask & scores.same_top), jnp.sum(mask)
 
     return jax.jit(sums)

@@ -12,6 +12,8 @@ from kdrl_jax.metrics import read_json, read_metrics
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("reward", ("reward/mean", "reward/solved_frac")),
     ("KL(student || teacher), nats per token", ("kd/reverse_kl", "kd/reverse_kl_exact")),
+    ("the same, by answer", ("kd/reverse_kl_correct", "kd/reverse_kl_wrong")),
+    ("coefficients", ("rl/coef", "kd/coef", "ref/coef", "entropy/coef", "sft/coef")),
     ("loss", ("loss",)),
     ("completion length, tokens", ("completion/length_mean",)),
     ("entropy, nats per token", ("entropy",)),
@@ -38,11 +40,11 @@ def report(run_dir: Path, console: Console) -> Path:
 
 
 def read_evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Name -> results: teacher (if any), then the student by step."""
+    """Name -> results: the teachers (if any), then the student by step."""
     folder = run_dir / "eval"
     found: dict[str, dict[str, Any]] = {}
-    if (folder / "teacher.json").exists():
-        found["teacher"] = read_json(folder / "teacher.json")
+    for path in sorted(folder.glob("teacher*.json")):
+        found[path.stem] = read_json(path)
     for path in sorted(folder.glob("step_*.json")):
         results = read_json(path)
         found[f"student, step {results['step']}"] = results
@@ -79,7 +81,7 @@ def _plot(metrics: list[Any], evaluations: dict[str, dict[str, Any]], path: Path
     import matplotlib.pyplot as plt
 
     panels = [
-        (name, [k for k in keys if any(m.get(k) is not None for m in metrics)]) for name, keys in PANELS
+        (name, [k for k in keys if any(_is_shown(k, m.get(k)) for m in metrics)]) for name, keys in PANELS
     ]
     panels = [(name, keys) for name, keys in panels if keys]
     has_eval = any("greedy/accuracy" in r or "sampled/accuracy" in r for r in evaluations.values())
@@ -107,6 +109,11 @@ def _plot(metrics: list[Any], evaluations: dict[str, dict[str, Any]], path: Path
     partial.replace(path)
 
 
+def _is_shown(key: str, value: float | None) -> bool:
+    """A coefficient that is always 0 belongs to a term that the run does not have."""
+    return value is not None and not (key.endswith("/coef") and value == 0)
+
+
 def _plot_accuracy(ax: Any, evaluations: dict[str, dict[str, Any]]) -> None:
     """Held-out accuracy of the student by step, the teacher's as a line to reach."""
     students = [r for r in evaluations.values() if "step" in r]
@@ -115,9 +122,10 @@ def _plot_accuracy(ax: Any, evaluations: dict[str, dict[str, Any]]) -> None:
         if points:
             label = f"student, {key.split('/')[0]}"
             ax.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
-        if key in evaluations.get("teacher", {}):
-            label = f"teacher, {key.split('/')[0]}"
-            ax.axhline(evaluations["teacher"][key], color=colour, linestyle="--", label=label)
+        for name, results in evaluations.items():
+            if name.startswith("teacher") and key in results:
+                label = f"{name}, {key.split('/')[0]}"
+                ax.axhline(results[key], color=colour, linestyle="--", label=label)
     ax.set_title("held-out accuracy", fontsize=10)
     ax.set_xlabel("step", fontsize=9)
     ax.set_ylim(-0.02, 1.02)

@@ -1,12 +1,28 @@
 """Run directories: whether one is done, goes on with the same settings, or needs other runs first."""
 
 from pathlib import Path
-from typing import Literal
 
-from kdrl_jax.config import Config, differences, load_config, load_run_config
+from kdrl_jax.config import Config, ModelConfig, differences, load_config, load_run_config
 from kdrl_jax.metrics import read_json
 
-Role = Literal["student", "teacher"]
+Role = str
+"""A model's place in a config: `student`, `teacher` or `teachers.NAME`, `reference`."""
+
+
+def roles(config: Config) -> dict[Role, ModelConfig]:
+    """The models of a config, the student first."""
+    found: dict[Role, ModelConfig] = {"student": config.student} | config.all_teachers
+    return found if config.reference is None else found | {"reference": config.reference}
+
+
+def model_of(config: Config, role: Role) -> ModelConfig:
+    """The model in a role, which the config must have."""
+    return roles(config)[role]
+
+
+def _directory(config: Config, role: Role) -> Path:
+    """Where the run that a role's model comes from lives, if it is trained for this run."""
+    return Path(config.run_dir, *role.split("."))
 
 
 def is_complete(config: Config) -> bool:
@@ -17,12 +33,12 @@ def is_complete(config: Config) -> bool:
 
 def prerequisites(config: Config) -> list[Config]:
     """The runs that must be trained first. Each takes this run's seed and lives inside its directory, in
-    `<run>/student` or `<run>/teacher`."""
+    `<run>/student`, `<run>/teacher`, `<run>/teachers/NAME` or `<run>/reference`."""
     found = []
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if model is None or model.run is None or Path(model.run).is_dir():
+    for role, model in roles(config).items():
+        if model.run is None or Path(model.run).is_dir():
             continue
-        directory = Path(config.run_dir) / role
+        directory = _directory(config, role)
         # Without the file it came from, a run that was started goes on as it was.
         source = model.run if Path(model.run).exists() else directory / "config.yaml"
         if not Path(source).is_file():
@@ -33,11 +49,11 @@ def prerequisites(config: Config) -> list[Config]:
 
 def run_of(config: Config, role: Role) -> Path | None:
     """The run directory that a model with `run` comes from: the one named, or inside this run."""
-    model = config.student if role == "student" else config.teacher
+    model = roles(config).get(role)
     if model is None or model.run is None:
         return None
     named = Path(model.run)
-    return named if named.is_dir() else Path(config.run_dir) / role
+    return named if named.is_dir() else _directory(config, role)
 
 
 def check_same_run(config: Config) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from kdrl_jax.config import Config, SampleOptions
 from kdrl_jax.data.chat import render_prompt
 from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.optim import make_schedule
 from kdrl_jax.rollout.engine import Chunk, Engine, EngineSettings
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.setup import SingleModel, make_single
@@ -27,8 +28,8 @@ def sample(
     """Prints the completion to `out`, and one line about it to `err`.
 
     The prompt goes through `data.prompt_template` and the chat template as in training; temperature is
-    `rollout.temperature`. The completion is the one of draw 0, sample 0 in a stream of its own: it follows
-    from `seed`, the prompt and the parameters.
+    `rollout.temperature` (of a schedule, its value at `options.step`, or else the first). The completion is
+    the one of draw 0, sample 0 in a stream of its own: it follows from `seed`, the prompt and the parameters.
 
     Args:
         question: the prompt.
@@ -59,10 +60,11 @@ def sample(
     prompts = _prompts(ids, engine.settings)
     params = single.params(run_dir, options.step)
     key = jax.random.fold_in(seed_key(config.seed), 2**31 - 2)
+    temperature = float(make_schedule(config.rollout.temperature)(options.step or 0))
     text = TextStream(single.tokenizer)
     timer = _Timer()
     completion: list[int] = []
-    for chunk in engine.stream(params, prompts, key):
+    for chunk in engine.stream(params, prompts, key, temperature=temperature):
         completion = _completion(chunk, len(ids))
         timer.count(len(completion))
         out.write(text.feed(completion, is_last=chunk.num_running == 0))
@@ -126,12 +128,7 @@ def make_engine(config: Config, options: SampleOptions, single: SingleModel, num
         end_ids=tokenizer.end_ids,
         pad_id=tokenizer.pad_id,
         decode_chunk=_CHUNK,
-        sampler=SamplerSettings(
-            temperature=config.rollout.temperature,
-            greedy=options.greedy,
-            top_k=config.eval.top_k,
-            top_p=config.eval.top_p,
-        ),
+        sampler=SamplerSettings(greedy=options.greedy, top_k=config.eval.top_k, top_p=config.eval.top_p),
     )
     return Engine(single.model, settings, single.mesh)
 

@@ -16,8 +16,16 @@ from jax.sharding import Mesh
 from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
+from kdrl_jax.models.head import Head
 from kdrl_jax.runs import run_of
-from kdrl_jax.scoring import HeadSettings, predictors, score_in_passes, score_predictors
+from kdrl_jax.scoring import (
+    HeadSettings,
+    TeacherSide,
+    make_row_scorer,
+    predictors,
+    score_predictors,
+    window,
+)
 from kdrl_jax.types import Params, TrainingError
 
 LIMIT = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05}
@@ -39,11 +47,11 @@ MAX_POSITIONS = 64
 
 def same_model(config: Config) -> bool:
     """Whether student and teacher start with the same weights, whatever types they compute in."""
-    student, teacher = config.student, config.teacher
-    if teacher is None:
+    if len(config.all_teachers) != 1:
         return False
+    student, (role, teacher) = config.student, *config.all_teachers.items()
     if student.run is not None or teacher.run is not None:
-        runs = [run_of(config, "student"), run_of(config, "teacher")]
+        runs = [run_of(config, "student"), run_of(config, role)]
         return None not in runs and runs[0].resolve() == runs[1].resolve()  # type: ignore[union-attr]
     if student.path is None or teacher.path is None:
         # Random weights follow from shape and seed, and the seed is the run's.
@@ -72,10 +80,10 @@ def self_check(
     """
     if teacher is None or not same_model(config):
         return None
-    assert config.teacher is not None
     limit = limit_of(config)
-    types: list[str] = [config.student.compute_dtype, config.teacher.compute_dtype]
-    if config.teacher.weights == "int8":
+    (described,) = config.all_teachers.values()
+    types: list[str] = [config.student.compute_dtype, described.compute_dtype]
+    if described.weights == "int8":
         types[1] = f"int8 in {types[1]}"
     kl = self_divergence(config, student, params, teacher, head, mesh)
     if not kl <= limit:  # a nan is no agreement
@@ -90,9 +98,9 @@ def self_check(
 
 def limit_of(config: Config) -> float:
     """The largest divergence, in nats per token, that the types of student and teacher explain."""
-    assert config.teacher is not None
-    limit = max(LIMIT[config.student.compute_dtype], LIMIT[config.teacher.compute_dtype])
-    return limit + LIMIT["int8"] if config.teacher.weights == "int8" else limit
+    (teacher,) = config.all_teachers.values()
+    limit = max(LIMIT[config.student.compute_dtype], LIMIT[teacher.compute_dtype])
+    return limit + LIMIT["int8"] if teacher.weights == "int8" else limit
 
 
 def self_divergence(
@@ -101,7 +109,7 @@ def self_divergence(
     """Mean exact KL(student || teacher) per token, nats at temperature 1, on rows of random ids."""
     shards = sharding.batch_shards(mesh)
     length = min(MAX_POSITIONS, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
-    head = dataclasses.replace(head, temperature=1.0, max_new_tokens=length - 1)
+    head = dataclasses.replace(head, max_new_tokens=length - 1)
     rng = np.random.default_rng(config.seed)
     # Two rows a device, in two passes. Completions begin anywhere in the first half.
     rows = (
@@ -110,36 +118,29 @@ def self_divergence(
     )
     tokens, starts = (jax.device_put(x.astype(np.int32), sharding.rows(mesh)) for x in rows)
 
-    @jax.jit
-    def score_teacher(params: Params, tokens: jax.Array, starts: jax.Array) -> jax.Array:
-        _, states = score_in_passes(
-            teacher.model, params, tokens, starts, head, rows_per_pass=shards, keep_states=True
-        )
-        assert states is not None
-        return states
+    temperatures = jax.device_put(np.ones(2 * shards, np.float32), sharding.rows(mesh))
+
+    score_teacher = make_row_scorer(teacher.model, head, shards, keep_states=True)
 
     @jax.jit
     def divergence(
-        params: Params,
-        teacher_params: Params,
-        teacher_states: jax.Array,
-        tokens: jax.Array,
-        starts: jax.Array,
+        params: Params, teacher_head: Head, teacher_states: jax.Array, tokens: jax.Array, starts: jax.Array
     ) -> jax.Array:
         decoder = student.bind(params)
         scores = score_predictors(
             predictors(decoder.hidden(tokens, remat=config.train.remat), starts, head),
             decoder.output_head(),
-            tokens,
-            starts,
+            window(tokens, starts, head),
+            jnp.ones(starts.shape, jnp.float32),
             head,
-            teacher_states,
-            teacher.model.bind(teacher_params).output_head(),
+            TeacherSide((teacher_states,), (teacher_head,)),
+            train_head=False,
         )
-        assert scores.reverse_kl_BT is not None
-        completion = jnp.arange(length)[None, :] >= starts[:, None]
-        return jnp.mean(scores.reverse_kl_BT, where=completion)
+        assert scores.reverse_kl is not None
+        completion = starts[:, None] + jnp.arange(head.max_new_tokens) < length
+        return jnp.mean(scores.reverse_kl, where=completion)
 
     with jax.set_mesh(mesh):
-        states = score_teacher(teacher.params, tokens, starts)
-        return float(divergence(params, teacher.params, states, tokens, starts))
+        states = score_teacher(teacher.on_device(), tokens, starts, temperatures).states_BND
+        assert states is not None
+        return float(divergence(params, teacher.head, states, tokens, starts))

@@ -1,9 +1,9 @@
 """The training loop. Read this file first: one iteration is eight named stages, each one call.
 
 prompts   draw questions
-rollouts  the student (or the dataset) completes them
-teacher   the teacher scores the same tokens, dispatched before the host waits for rewards
-rewards   worker processes verify the answers
+rollouts  the student (or its teacher, or the dataset) completes them
+rewards   worker processes verify the answers,
+teacher   and meanwhile the frozen models score the same tokens
 batch     advantages and masks
 update    one compiled optimizer step per minibatch
 write     metrics and samples
@@ -16,35 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from rich.console import Console
 
 from kdrl_jax.batch import make_batch_builder, split
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, save_config
+from kdrl_jax.config.schedules import is_zero
 from kdrl_jax.data.prompts import PromptStream, encode_completion, open_prompts
 from kdrl_jax.evaluate import Evaluator, Results, completion_ids
-from kdrl_jax.metrics import (
-    Clock,
-    MetricsWriter,
-    completion_metrics,
-    reward_metrics,
-    write_json,
-    write_jsonl,
-)
-from kdrl_jax.models.head import Head
+from kdrl_jax.frozen import FrozenScorer
+from kdrl_jax.metrics import Clock, MetricsWriter, write_json, write_jsonl
+from kdrl_jax.optim import make_schedule
 from kdrl_jax.progress import Reporter
-from kdrl_jax.rewards.pool import RewardPool, Scored, is_correct, total
+from kdrl_jax.rewards.pool import RewardPool, Scored
 from kdrl_jax.rollout.engine import Stopped
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.rounds import Chosen, Round, choose, round_metrics, sample_rows, verdicts, wants_another
 from kdrl_jax.runs import check_same_run, is_complete, prerequisites
-from kdrl_jax.scoring import score_in_passes
+from kdrl_jax.scoring import make_row_scorer
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
-from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.step import Objective, make_diagnostics, make_update
-from kdrl_jax.types import Metrics, Params, Prompts, Rollouts, TrainingError, TrainState
+from kdrl_jax.types import Metrics, Params, Prompts, Rollouts, TrainBatch, TrainingError, TrainState
 
 ShouldStop = Callable[[], bool]
 
@@ -119,11 +114,13 @@ class _Run:
                 make_engine=setup.engine,
                 pool=self.pool,
             )
+        self.temperature = make_schedule(c.rollout.temperature)
+        sampled = setup.student
+        if c.rollout.source == "teacher":
+            assert setup.teacher is not None
+            sampled = setup.teacher.model
         self.engine = setup.engine(
-            setup.student,
-            c.train.prompts_per_iteration,
-            c.rollout.group_size,
-            SamplerSettings(temperature=c.rollout.temperature),
+            sampled, c.train.prompts_per_iteration, c.rollout.group_size, SamplerSettings()
         )
         self._compile()
         # Settings and data have been looked at; only now is anything written, and the config only
@@ -149,8 +146,8 @@ class _Run:
     def _compile(self) -> None:
         setup, c = self.setup, self.config
         objective = Objective(c, setup.student, setup.head)
-        total_rows = c.train.prompts_per_iteration * c.rollout.group_size
-        per_pass = c.train.microbatch_rows or total_rows // c.train.num_minibatches
+        per_round = c.train.prompts_per_iteration * c.rollout.group_size
+        per_pass = c.train.microbatch_rows or per_round // c.train.num_minibatches
         # The state comes back where it was, so that the next step is the same program.
         places = jax.tree.map(lambda x: x.sharding, setup.abstract_state())
         self.update = jax.jit(
@@ -158,28 +155,10 @@ class _Run:
         )
         self.diagnose = jax.jit(make_diagnostics(objective))
         self.build_batch = make_batch_builder(c)
-        self.score_student = jax.jit(
-            lambda params, tokens, starts: score_in_passes(
-                setup.student, params, tokens, starts, setup.head, rows_per_pass=per_pass
-            )[0]
+        self.score_student = make_row_scorer(setup.student, setup.head, per_pass)
+        self.scorer = FrozenScorer(
+            c, setup.teachers, setup.reference, setup.head, setup.mesh, rows_per_pass=per_pass
         )
-        self.exact_kl = c.uses_teacher and c.kd.estimator == "full"
-        self.teacher_head: Head | None = None
-        if setup.teacher is not None:
-            model = setup.teacher.model
-            self.score_teacher = jax.jit(
-                lambda params, tokens, starts: score_in_passes(
-                    model,
-                    params,
-                    tokens,
-                    starts,
-                    setup.head,
-                    rows_per_pass=per_pass,
-                    keep_states=self.exact_kl,
-                )
-            )
-            if self.exact_kl:
-                self.teacher_head = setup.teacher.head
 
     def _start(self) -> tuple[TrainState, int]:
         """The first state, or the newest saved one with its position in the data."""
@@ -253,54 +232,71 @@ class _Run:
 
     def iteration(self) -> None:
         """One rollout cycle and its updates."""
-        clock = Clock()
-        prompts = next(self.data)
-        rollouts = self.rollouts(prompts, clock)
-        jax.block_until_ready(rollouts)
-        clock.lap("time/rollout")
-        teacher_logprobs, teacher_states = self.teacher_scores(rollouts)
-        old_logprobs = None
-        if self.config.train.num_minibatches > 1:
-            old_logprobs = self.score_student(
-                self.student_params, rollouts.tokens_BT, rollouts.prompt_lengths_B
-            )
-        ids = completion_ids(rollouts)
-        texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
-        scored = self.rewards(prompts, texts)
-        clock.lap("time/reward")
-        jax.block_until_ready(teacher_logprobs)
-        clock.lap("time/teacher")
-        rewards, correct = self.verdicts(scored, len(ids))
-        put = row_sharding(self.setup.mesh)
-        batch = self.build_batch(
-            rollouts,
-            jax.device_put(rewards, put),
-            jax.device_put(correct, put),
-            old_logprobs,
-            teacher_logprobs,
-            teacher_states,
-        )
-        shared = completion_metrics(ids, np.asarray(rollouts.ended_B))
-        if scored is not None:
-            errors = sum(s.error is not None for s in scored)
-            shared |= reward_metrics(rewards, correct, errors, self.config.rollout.group_size)
-        minibatches = split(batch, self.config.train.num_minibatches)
-        for number, minibatch in enumerate(minibatches):
+        c, clock = self.config, Clock()
+        temperature = float(self.temperature(int(self.state.step)))
+        rounds = [self.round(temperature, clock)]
+        while wants_another(c, rounds):
+            rounds.append(self.round(temperature, clock))
+        chosen = choose(c, rounds, self.setup.mesh)
+        minibatches = split(self.batch(chosen, temperature), c.train.num_minibatches)
+        shared = round_metrics(c, rounds) | {"temperature": temperature}
+        clock.lap("time/update")
+        for number, minibatch in enumerate(minibatches * c.train.num_epochs):
             metrics = self.diagnostics(minibatch) if number == 0 else {}
             clock.lap("time/diagnostics")
             metrics |= self.run_update(minibatch)
             clock.lap("time/update")
             # Time and throughput belong to the iteration; they are written with its last step.
-            last = number == len(minibatches) - 1
-            self.write(metrics | shared | (clock.summary(sum(map(len, ids))) if last else {}))
-        self.write_rollouts(prompts, texts, scored, rewards, rollouts)
+            last = number == c.train.updates_per_iteration - 1
+            num_tokens = sum(len(ids) for r in rounds for ids in r.ids)
+            self.write(metrics | shared | (clock.summary(num_tokens) if last else {}))
+        self.write_rollouts(rounds[0])
+
+    def round(self, temperature: float, clock: Clock) -> Round:
+        """Draws questions, samples, scores and verifies."""
+        prompts = next(self.data)
+        rollouts = self.rollouts(prompts, temperature)
+        jax.block_until_ready(rollouts)
+        clock.lap("time/rollout")
+        ids = completion_ids(rollouts)
+        texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
+        # Workers verify while the devices score; the host waits for the workers first.
+        pending = self.submit(prompts, texts)
+        group_size = self.config.rollout.group_size
+        teachers = [self.data.teacher_of[s] for s in prompts.sources for _ in range(group_size)]
+        frozen = self.scorer(rollouts, temperature, teachers)
+        clock.lap("time/teacher")
+        scored = self.collect(pending)
+        clock.lap("time/reward")
+        jax.block_until_ready(frozen)
+        clock.lap("time/teacher")
+        return Round(prompts, rollouts, ids, texts, frozen, scored, *verdicts(self.config, scored, len(ids)))
+
+    def batch(self, chosen: Chosen, temperature: float) -> TrainBatch:
+        """What the updates of this iteration are made from."""
+        rollouts, old_logprobs = chosen.rollouts, None
+        if self.config.train.updates_per_iteration > 1:
+            temperatures = jnp.full_like(chosen.rewards_B, temperature)
+            with jax.set_mesh(self.setup.mesh):
+                old_logprobs = self.score_student(
+                    self.student_params, rollouts.tokens_BT, rollouts.prompt_lengths_B, temperatures
+                ).logprobs_BT
+        return self.build_batch(
+            rollouts,
+            chosen.rewards_B,
+            chosen.correct_B,
+            temperature,
+            old_logprobs,
+            chosen.frozen,
+            chosen.rl_rows_B,
+        )
 
     @property
     def student_params(self) -> Params:
         """All of the student, frozen parts included."""
         return self.setup.student_params(self.state.params)
 
-    def rollouts(self, prompts: Prompts, clock: Clock) -> Rollouts:
+    def rollouts(self, prompts: Prompts, temperature: float) -> Rollouts:
         c, t = self.config, self.setup.tokenizer
         if self.from_dataset:
             given = [encode_completion(t, text or "") for text in prompts.completions]
@@ -312,36 +308,39 @@ class _Run:
                 pad_id=t.pad_id,
                 mesh=self.setup.mesh,
             )
+        params = self.student_params
+        if c.rollout.source == "teacher":
+            assert self.setup.teacher is not None
+            params = self.setup.teacher.on_device()
         self.reporter.stage("sampling")
         return self.engine.generate(
-            self.student_params,
+            params,
             prompts,
             jax.random.fold_in(seed_key(c.seed), int(self.state.step)),
+            temperature=temperature,
             on_chunk=lambda tokens, running: self.reporter.stage(
                 f"sampling: {tokens} tokens, {running} rows running"
             ),
             should_stop=self.should_stop,
         )
 
-    def teacher_scores(self, rollouts: Rollouts) -> tuple[jax.Array | None, jax.Array | None]:
-        teacher = self.setup.teacher
-        if teacher is None or not self.config.uses_teacher:
-            return None, None
-        with jax.set_mesh(self.setup.mesh):
-            return self.score_teacher(teacher.params, rollouts.tokens_BT, rollouts.prompt_lengths_B)
-
-    def rewards(self, prompts: Prompts, texts: list[str]) -> list[Scored] | None:
-        """Verdicts of the worker processes; None for completions of a dataset."""
+    def submit(self, prompts: Prompts, texts: list[str]) -> Future[list[Scored]] | None:
+        """Hands the completions to the worker processes; None for those of a dataset."""
         if self.from_dataset:
             return None
-        self.reporter.stage("verifying")
         g = self.config.rollout.group_size
-        future: Future[list[Scored]] = self.pool.submit(
+        return self.pool.submit(
             [q for q in prompts.questions for _ in range(g)],
             texts,
             [a for a in prompts.answers for _ in range(g)],
         )
-        scored = future.result()
+
+    def collect(self, pending: Future[list[Scored]] | None) -> list[Scored] | None:
+        """Waits for the workers' verdicts."""
+        if pending is None:
+            return None
+        self.reporter.stage("verifying")
+        scored = pending.result()
         errors = [s.error for s in scored if s.error is not None]
         if errors and not self.told_errors:
             self.told_errors = True
@@ -351,31 +350,26 @@ class _Run:
             )
         return scored
 
-    def verdicts(self, scored: list[Scored] | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        r = self.config.reward
-        if scored is None:
-            return np.zeros(num_rows, np.float32), np.zeros(num_rows, bool)
-        rewards = np.array([total(s, r.verifier, r.shaping) for s in scored], np.float32)
-        return rewards, np.array([is_correct(s, r.verifier) for s in scored])
-
     def diagnostics(self, minibatch: Any) -> Metrics:
         """RL and KD gradients apart, if due: in the first iteration and then every so many steps."""
         c, step = self.config, int(self.state.step)
         every = c.train.diagnostics_every
-        due = every and (step == 0 or _crossed(step - c.train.num_minibatches, step, every))
-        if not due or not (c.uses_teacher or not self.from_dataset):
+        due = every and (step == 0 or _crossed(step - c.train.updates_per_iteration, step, every))
+        if not due or (is_zero(c.rl.coef) and is_zero(c.kd.coef)):
             return {}
         self.reporter.stage("measuring gradients")
         with jax.set_mesh(self.setup.mesh):
             return jax.device_get(
-                self.diagnose(self.state.params, self.setup.frozen, minibatch, self.teacher_head)
+                self.diagnose(
+                    self.state.step, self.state.params, self.setup.frozen, minibatch, self.scorer.heads
+                )
             )
 
     def run_update(self, minibatch: Any) -> Metrics:
         step = int(self.state.step)
         with jax.set_mesh(self.setup.mesh):
             self.reporter.stage("updating")
-            self.state, measured = self.update(self.state, self.setup.frozen, minibatch, self.teacher_head)
+            self.state, measured = self.update(self.state, self.setup.frozen, minibatch, self.scorer.heads)
         metrics: Metrics = {"step": step} | jax.device_get(measured)
         skipped = int(metrics.pop("skipped_in_a_row"))
         if skipped >= self.config.train.max_skipped_updates:
@@ -391,37 +385,15 @@ class _Run:
         # A step is shown once it is done, so that the bar ends at the last one.
         self.reporter.step(metrics | {"step": metrics["step"] + 1})
 
-    def write_rollouts(
-        self,
-        prompts: Prompts,
-        texts: list[str],
-        scored: list[Scored] | None,
-        rewards: np.ndarray,
-        rollouts: Rollouts,
-    ) -> None:
-        """Readable samples: the first rows, group after group."""
+    def write_rollouts(self, sampled: Round) -> None:
+        """Readable samples, if due: the first rows, group after group."""
         c, step = self.config, int(self.state.step)
-        first = step - c.train.num_minibatches
+        first = step - c.train.updates_per_iteration
         every = c.log.rollouts_every
         last = step >= c.train.num_steps
-        if scored is None or not every or not (last or _crossed(first, step, every) or first == 0):
+        if sampled.scored is None or not every or not (last or _crossed(first, step, every) or first == 0):
             return
-        g, ended = c.rollout.group_size, np.asarray(rollouts.ended_B)
-        rows = [
-            {
-                "step": first,
-                "question": prompts.questions[i // g],
-                "answer": prompts.answers[i // g],
-                "source": prompts.sources[i // g],
-                "sample": i % g,
-                "completion": texts[i],
-                "reward": float(rewards[i]),
-                "scores": scored[i].scores,
-                "error": scored[i].error,
-                "ended": bool(ended[i]),
-            }
-            for i in range(min(c.log.rollouts_rows, len(texts)))
-        ]
+        rows = sample_rows(c, sampled, first)
         write_jsonl(self.run_dir / "rollouts" / f"step_{first:06d}.jsonl", rows)
 
     def evaluate_if_due(self, step: int) -> None:
@@ -429,13 +401,13 @@ class _Run:
         c = self.config
         every = c.eval.every
         last = step >= c.train.num_steps
-        due = step == 0 or last or (every and _crossed(step - c.train.num_minibatches, step, every))
+        due = step == 0 or last or (every and _crossed(step - c.train.updates_per_iteration, step, every))
         if self.evaluator is None or not due or self.last_eval == step:
             return
-        teacher_file = self.run_dir / "eval" / "teacher.json"
-        teacher = self.setup.teacher
-        if teacher is not None and not teacher_file.exists():
-            write_json(teacher_file, self.accuracy("teacher", teacher.model, teacher.params))
+        for role, teacher in self.setup.teachers.items():
+            file = self.run_dir / "eval" / f"{role}.json"
+            if not file.exists():
+                write_json(file, self.accuracy(role, teacher.model, teacher.on_device()))
         results = self.accuracy("student", self.setup.student, self.student_params)
         if c.eval.agreement:
             self.reporter.stage("comparing with the teacher")

@@ -62,29 +62,54 @@ class Rollouts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class FrozenScores:
+    """What frozen models say of an iteration's completions."""
+
+    teacher_logprobs_BT: jax.Array | None = None
+    """float32, of the sampled tokens; None without a teacher."""
+    teacher_entropy_BT: jax.Array | None = None
+    """float32, nats; None unless it weighs the tokens."""
+    teacher_states: tuple[jax.Array, ...] = ()
+    """Of each teacher, its final hidden states [B, N, D] that predict the completion tokens (N per row);
+    empty unless the update needs its distribution whole."""
+    teacher_weights_BK: jax.Array | None = None
+    """float32: what each of several teachers counts in a row's target; None with one teacher."""
+    ref_logprobs_BT: jax.Array | None = None
+    """float32; None without a reference."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainBatch:
     """What the compiled update needs of one minibatch."""
 
     tokens_BT: jax.Array
-    """int32, right-padded."""
-    prompt_lengths_B: jax.Array
+    """int32."""
+    starts_B: jax.Array
+    """int32: position of each completion's first token."""
+    segment_ids_BT: jax.Array | None
+    """int32: 0 is padding, tokens see only their own segment; None for right-padded rows."""
+    temperature_B: jax.Array
+    """float32: that the completion was sampled at."""
     completion_mask_BT: jax.Array
     """bool: completion tokens, the end token included."""
+    rl_rows_B: jax.Array
+    """bool: completions that RL is about, which its denominators count; the others only distil."""
     rl_mask_BT: jax.Array
-    """bool: tokens of the policy term (and of SFT)."""
+    """bool: tokens of the policy term (and of SFT, the entropy bonus and the reference KL)."""
     kd_mask_BT: jax.Array
     """bool: tokens of the distillation term."""
+    kd_scale_BT: jax.Array | None
+    """float32: what the distillation term is multiplied by at each token; None where nothing scales it."""
     advantages_B: jax.Array
     """float32: group-relative advantage of the task reward alone; KD never enters it."""
+    correct_B: jax.Array
+    """bool: the verifier's verdict, for metrics."""
     sampler_logprobs_BT: jax.Array
     old_logprobs_BT: jax.Array | None
     """float32: the trainer's log-probabilities before the iteration's first update; None when there
     is only one update, which is its own old policy."""
-    teacher_logprobs_BT: jax.Array | None
-    """float32, or None without a teacher."""
-    teacher_states_BND: jax.Array | None
-    """The teacher's final hidden states that predict the completion tokens (N per row), for the exact
-    divergence; None unless it is needed."""
+    frozen: FrozenScores
 
 
 @jax.tree_util.register_dataclass

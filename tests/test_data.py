@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_chat import CHATML, byte_tokenizer
 
-from kdrl_jax.config.schema import DataConfig, JsonlSourceConfig, TaskSourceConfig
+from kdrl_jax.config.data import DataConfig, JsonlSourceConfig, TaskSourceConfig
 from kdrl_jax.data.prompts import PromptStream, encode_completion, load_eval_prompts, open_prompts
 from kdrl_jax.data.sources import JsonlSource, open_source
 from kdrl_jax.data.tasks import is_heldout, task_row
@@ -51,7 +51,7 @@ class TestTasks:
 
     def test_other_processes_make_the_same_rows(self) -> None:
         code = (
-            "from kdrl_jax.config.schema import TaskSourceConfig as C\n"
+            "from kdrl_jax.config.data import TaskSourceConfig as C\n"
             "from kdrl_jax.data.tasks import task_row\n"
             "print([task_row(C(kind='task', task='word_sum'), i).question for i in range(20)])"
         )

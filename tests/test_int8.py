@@ -205,6 +205,6 @@ def test_the_self_check_knows_of_int8(tmp_path):
     scales = teacher.params["layers"]["mlp"]["down_scale"]
     wrong = {**teacher.params["layers"]["mlp"], "down_scale": scales * 4}
     params = {**teacher.params, "layers": {**teacher.params["layers"], "mlp": wrong}}
-    damaged = dataclasses.replace(setup, teacher=dataclasses.replace(teacher, params=params))
+    damaged = dataclasses.replace(setup, teachers={"teacher": dataclasses.replace(teacher, params=params)})
     with pytest.raises(TrainingError, match="float32 and int8 in float32"):
         self_check(*parts(damaged))

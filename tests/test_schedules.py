@@ -7,6 +7,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from kdrl_jax.config import Schedule
+from kdrl_jax.config.schedules import bounds
 from kdrl_jax.optim import make_schedule
 
 CASES = {
@@ -75,3 +76,14 @@ def test_values_worked_by_hand(case):
     compiled = jax.jit(lambda step: make_schedule(config)(step))
     traced = [compiled(jnp.int32(step)) for step in expected]
     np.testing.assert_allclose(traced, list(expected.values()), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bounds_hold_at_every_step(case):
+    config = TypeAdapter(Schedule).validate_python(CASES[case][0])
+    low, high = bounds(config)
+    values = np.array([make_schedule(config)(step) for step in (*range(12), 1000)])
+    slack = 1e-6 * max(1.0, float(np.abs(values).max()))
+    assert (values >= low - slack).all()
+    assert (values <= high + slack).all()
+    assert low > -np.inf

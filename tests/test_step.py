@@ -13,9 +13,9 @@ from kdrl_jax import sharding
 from kdrl_jax.batch import make_batch_builder, split
 from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.models.decoder import DecoderConfig, make_model
-from kdrl_jax.scoring import HeadSettings, score_in_passes, score_tokens
+from kdrl_jax.scoring import HeadSettings, TokenScores, make_row_scorer, score_tokens
 from kdrl_jax.step import Objective, make_diagnostics, make_update
-from kdrl_jax.types import Rollouts, TrainState
+from kdrl_jax.types import FrozenScores, Rollouts, TrainState
 
 V, G, P, T = 23, 4, 4, 20
 STUDENT = make_model(DecoderConfig(V, 16, 24, 2, 4, 2, 8, qkv_bias=True))
@@ -56,51 +56,65 @@ def rollouts(pad=0):
     at = np.arange(T)[None]
     tokens[at >= (prompt + length)[:, None]] = pad
     mask = (at >= prompt[:, None]) & (at < (prompt + length)[:, None])
-    lp, _ = score_tokens(STUDENT, PARAMS, jnp.asarray(tokens), jnp.asarray(prompt), HEAD)
+    lp = scored(STUDENT, PARAMS, jnp.asarray(tokens), jnp.asarray(prompt)).logprobs_BT
     ended = np.asarray(rng.integers(0, 2, b), bool)
     return Rollouts(
         *(jnp.asarray(x) for x in (tokens, prompt, length, ended)), jnp.where(jnp.asarray(mask), lp, 0.0)
     )
 
 
-HEAD = HeadSettings(num_tokens=V, temperature=1.0, chunk=64, max_new_tokens=T - 6)
+HEAD = HeadSettings(num_tokens=V, chunk=64, max_new_tokens=T - 6)
+
+
+def scored(model, params, tokens, starts, temperature=1.0, **keep):
+    temperatures = jnp.full(starts.shape, temperature)
+    return score_tokens(model, params, tokens, starts, temperatures, HEAD, **keep)
 
 
 @functools.cache
 def teacher_scores(seed, pad):
     r = rollouts(pad)
-    return score_tokens(
-        TEACHER, teacher_params(seed), r.tokens_BT, r.prompt_lengths_B, HEAD, keep_states=True
+    return scored(
+        TEACHER, teacher_params(seed), r.tokens_BT, r.prompt_lengths_B, keep_states=True, keep_entropy=True
     )
 
 
-def make_batch(c, pad=0, seed=1, old=None):
-    r = rollouts(pad)
-    lp, states = teacher_scores(seed, pad)
-    full = c.kd.estimator == "full"
-    return make_batch_builder(c)(r, REWARDS, REWARDS >= 1, old, lp, states if full else None)
+def frozen_scores(c, pad=0, seed=1):
+    teacher = teacher_scores(seed, pad)
+    reference = teacher_scores(5, pad).logprobs_BT if c.uses_reference else None
+    return FrozenScores(
+        teacher.logprobs_BT if c.scores_teacher else None,
+        teacher.entropy_BT if c.kd.teacher_entropy_scale else None,
+        (teacher.states_BND,) if c.teacher_states else (),
+        ref_logprobs_BT=reference,
+    )
 
 
-def kernel(c, seed=1):
-    return TEACHER.bind(teacher_params(seed)).output_head() if c.kd.estimator == "full" else None
+def make_batch(c, pad=0, seed=1, old=None, frozen=None):
+    frozen = frozen_scores(c, pad, seed) if frozen is None else frozen
+    return make_batch_builder(c)(rollouts(pad), REWARDS, REWARDS >= 1, 1.0, old, frozen)
+
+
+def heads(c, seed=1):
+    return (TEACHER.bind(teacher_params(seed)).output_head(),) if c.teacher_states else ()
 
 
 def wider_head(c, columns, fill):
     """The teacher's (tied) head with so many columns of padding more."""
-    head = kernel(c)
-    return dataclasses.replace(
-        head, kernel=jnp.pad(head.kernel, ((0, columns), (0, 0)), constant_values=fill)
+    (head,) = heads(c)
+    return (
+        dataclasses.replace(head, kernel=jnp.pad(head.kernel, ((0, columns), (0, 0)), constant_values=fill)),
     )
 
 
-def gradient(c, batch=None, seed=1, head=HEAD):
+def gradient(c, batch=None, seed=1, head=HEAD, teacher=None):
     """Gradient of the minibatch's loss, as SGD with learning rate 1 would apply it."""
     batch = make_batch(c, seed=seed) if batch is None else batch
     c = c.model_copy(update={"optimizer": c.optimizer.model_copy(update={"learning_rate": one()})})
     update = jax.jit(make_update(Objective(c, STUDENT, head), optax.identity()))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, PARAMS, optax.EmptyState(), zero, zero)
-    new, metrics = update(state, {}, batch, kernel(c, seed))
+    new, metrics = update(state, {}, batch, heads(c, seed) if teacher is None else teacher)
     return jax.tree.map(jnp.subtract, PARAMS, new.params), metrics
 
 
@@ -120,20 +134,39 @@ def close(a, b, rtol=1e-5):
     np.testing.assert_allclose(a, b, atol=rtol * float(jnp.abs(b).max()))
 
 
-ESTIMATORS = [("k2", "loss"), ("k1", "reward"), ("k3_forward", "loss"), ("full", "loss")]
+KD = {
+    "k1 reward": {"estimator": "k1", "placement": "reward"},
+    "k2": {"estimator": "k2"},
+    "k2 bounded": {"estimator": "k2", "max_abs_logratio": 1.0, "bound": "tanh"},
+    "score_function": {"estimator": "score_function"},
+    "k3_forward": {"estimator": "k3_forward"},
+    "full": {"estimator": "full"},
+    "jsd": {"estimator": "full", "divergence": "jsd", "jsd_beta": 0.3},
+    "skew forward": {"estimator": "full", "divergence": "skew_forward_kl"},
+    "top_k": {"estimator": "top_k", "top_k": 5, "support": "teacher"},
+    "beyond the teacher": {"estimator": "k2", "extrapolation": 1.5},
+}
+RL = {
+    "grpo": {"loss": "ppo"},
+    "cispo": {"loss": "cispo"},
+    "gspo": {"loss": "gspo", "denominator": "sequences"},
+    "reinforce": {"loss": "reinforce", "advantage": "rloo", "denominator": "max_tokens"},
+    "trrd": {"loss": "ppo", "anchor_share": 0.5},
+}
+some_kd = pytest.mark.parametrize("kd", KD.values(), ids=KD)
 
 
-@pytest.mark.parametrize(("estimator", "placement"), ESTIMATORS)
-def test_another_teacher_changes_the_gradient(estimator, placement):
-    c = config(kd={"estimator": estimator, "placement": placement})
+@some_kd
+def test_another_teacher_changes_the_gradient(kd):
+    c = config(kd=kd)
     a, b = flat(gradient(c, seed=1)[0]), flat(gradient(c, seed=2)[0])
     assert jnp.abs(a - b).max() > 1e-2 * jnp.abs(a).max()
 
 
-@pytest.mark.parametrize(("estimator", "placement"), ESTIMATORS)
-def test_doubling_the_kd_coefficient_doubles_the_kd_gradient(estimator, placement):
+@some_kd
+def test_doubling_the_kd_coefficient_doubles_the_kd_gradient(kd):
     def total(coef):
-        return flat(gradient(config(kd={"coef": coef, "estimator": estimator, "placement": placement}))[0])
+        return flat(gradient(config(kd={"coef": coef, **kd}))[0])
 
     rl_only = flat(gradient(config(kd={"coef": 0.0}))[0])
     np.testing.assert_allclose(
@@ -149,35 +182,257 @@ def test_a_group_with_equal_rewards_still_distils():
         batch, rl_mask_BT=batch.rl_mask_BT & equal, kd_mask_BT=batch.kd_mask_BT & equal
     )
     diagnose = jax.jit(make_diagnostics(Objective(c, STUDENT, HEAD)))
-    found = diagnose(PARAMS, {}, only, None)
+    found = diagnose(jnp.int32(0), PARAMS, {}, only, ())
     assert float(found["rl/grad_norm"]) == 0.0
     assert float(found["kd/grad_norm"]) > 1e-3
     assert float(found["grad_cosine"]) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("denominator", "rows", "estimator"),
-    [("tokens", 2, "k2"), ("sequences", 8, "k2"), ("tokens", 8, "full"), ("sequences", 2, "full")],
-)
-def test_microbatches_do_not_change_the_gradient(denominator, rows, estimator):
-    sections = {"rl": {"denominator": denominator}, "kd": {"denominator": denominator, "mask": "response"}}
-    sections["kd"]["estimator"] = estimator
-    whole, measured = gradient(config(**sections))
-    # The sampler's gap is a rounding error of 0 here; how it is cut changes the rounding.
-    measured.pop("sampler/logprob_gap")
-    cut, measured_cut = gradient(config(**sections, train={"microbatch_rows": rows}))
-    close(cut, whole)
-    for name in measured:
-        np.testing.assert_allclose(measured_cut[name], measured[name], rtol=2e-5, atol=1e-7, err_msg=name)
-
-
-@pytest.mark.parametrize("chunk", [1, 48, 10_000])
-def test_head_chunks_and_remat_do_not_change_the_gradient(chunk):
-    whole, _ = gradient(config(kd={"estimator": "full"}))
-    cut, _ = gradient(
-        config(kd={"estimator": "full"}, train={"remat": True}), head=dataclasses.replace(HEAD, chunk=chunk)
+def test_rows_left_out_of_rl_still_distil():
+    """The masks of both terms are apart, and so are their denominators."""
+    c = config(rl={"denominator": "tokens"})
+    rows = jnp.arange(P * G) < 4
+    batch = make_batch_builder(c)(
+        rollouts(), REWARDS, REWARDS >= 1, 1.0, None, frozen_scores(c), rl_rows_B=rows
     )
-    close(cut, whole)
+    kept = batch.completion_mask_BT
+    np.testing.assert_array_equal(batch.rl_mask_BT, kept & rows[:, None])
+    np.testing.assert_array_equal(batch.kd_mask_BT, kept)
+    lengths = np.asarray(kept.sum(1))
+    for denominator, total in (
+        ("tokens", 1.0),
+        ("sequences", 1.0),
+        ("all_tokens", 1.0),
+        ("max_tokens", lengths[:4].sum() / (4 * c.rollout.max_new_tokens)),
+    ):
+        c = config(rl={"denominator": denominator})
+        weights = Objective(c, STUDENT, HEAD).terms.inputs(batch, HEAD).rl_weights
+        assert float(weights.sum()) == pytest.approx(total, rel=1e-5), denominator
+        assert float(weights[~rows].sum()) == 0.0
+
+
+@pytest.mark.parametrize("denominator", ["tokens", "all_tokens", "sequences", "max_tokens"])
+def test_rows_without_a_completion_count_nowhere(denominator):
+    """Places that no group fills: the same gradient and the same means as without them."""
+    c = config(rl={"denominator": denominator}, kd={"denominator": denominator})
+    r = rollouts()
+    half = jax.tree.map(lambda x: x[:8], r)
+    filled = dataclasses.replace(
+        r, completion_lengths_B=jnp.where(jnp.arange(P * G) < 8, r.completion_lengths_B, 0)
+    )
+    frozen = frozen_scores(c)
+    build = make_batch_builder(c)
+    some = build(half, REWARDS[:8], REWARDS[:8] >= 1, 1.0, None, jax.tree.map(lambda x: x[:8], frozen))
+    every = build(filled, REWARDS, REWARDS >= 1, 1.0, None, frozen)
+    (a, measured), (b, measured_filled) = gradient(c, some), gradient(c, every)
+    close(b, a)
+    measured.pop("sampler/logprob_gap")  # a rounding error of 0 here
+    for name in measured:
+        np.testing.assert_allclose(measured_filled[name], measured[name], rtol=5e-5, atol=2e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"kd": {"estimator": "k3_forward", "mask": "response"}},
+        {"rl": {"anchor_share": 0.5, "truncated": False}, "kd": {"coef": 0.0}},
+    ],
+    ids=["k3", "anchor"],
+)
+def test_what_counts_nowhere_may_overflow(sections):
+    """A teacher certain of something else at a masked token, or on padding, is not 0 times infinity."""
+    c = config(**sections)
+    batch = make_batch(c)
+    counted = batch.kd_mask_BT if "mask" in sections["kd"] else batch.rl_mask_BT
+    far = jnp.where(counted, batch.frozen.teacher_logprobs_BT, -400.0 if "rl" in sections else 400.0)
+    frozen = dataclasses.replace(batch.frozen, teacher_logprobs_BT=far)
+    found, metrics = gradient(c, dataclasses.replace(batch, frozen=frozen))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    close(found, gradient(c, batch)[0])
+
+
+def test_soft_weights_leave_the_denominator_alone():
+    """Failure rates and the teacher's entropy scale tokens; the rest keep what they weighed."""
+    c = config(kd={"group_weight": "failure_rate", "teacher_entropy_scale": 2.0})
+    batch = make_batch(c)
+    inputs, plain = (
+        Objective(k, STUDENT, HEAD).terms.inputs(make_batch(k), HEAD).kd_weights for k in (c, config())
+    )
+    failed = 1 - np.repeat(np.asarray(REWARDS >= 1).reshape(P, G).mean(1), G)
+    entropy = np.asarray(teacher_scores(1, 0).entropy_BT)
+    scale = failed[:, None] * np.exp(-entropy / 2.0)
+    np.testing.assert_allclose(batch.kd_scale_BT, scale, rtol=1e-5)
+    at = np.asarray(batch.starts_B)[:, None] + np.arange(HEAD.max_new_tokens)
+    scale = np.where(at < T, np.take_along_axis(scale, np.minimum(at, T - 1), axis=1), 0)
+    np.testing.assert_allclose(inputs, np.asarray(plain) * scale, rtol=1e-5, atol=1e-9)
+
+
+def test_truncated_completions_can_be_left_out_of_each_term():
+    ended = np.asarray(rollouts().ended_B)
+    batch = make_batch(config(rl={"truncated": False}))
+    assert np.asarray(batch.rl_mask_BT.any(1)).tolist() == ended.tolist()
+    assert batch.kd_mask_BT.any(1).all()
+    batch = make_batch(config(kd={"truncated": False}))
+    assert np.asarray(batch.kd_mask_BT.any(1)).tolist() == ended.tolist()
+
+
+def test_a_kd_reward_is_clipped_together_with_the_advantage():
+    """Old samples beyond the clip: the sum of both rewards says whether the gradient is cut off."""
+    c = config(kd={**KD["k1 reward"], "coef": 1e3}, rl={"coef": 1.0})
+    old = rollouts().sampler_logprobs_BT - 1.0  # every ratio is e
+    _, metrics = gradient(c, make_batch(c, old=old))
+    objective = Objective(c, STUDENT, HEAD)
+    batch = make_batch(c, old=old)
+    inputs, at = objective.terms.inputs(batch, HEAD), objective.terms.scalars(jnp.int32(0))
+
+    def loss(student):
+        scores = TokenScores(student, jnp.zeros_like(student))
+        return objective.terms.loss(scores, (inputs, at))[0]
+
+    student = inputs.old + 1.0
+    grad = jax.grad(loss)(student)
+    # The KD reward is 1,000 times the advantage's size here: where it pushes up, the clip acts.
+    pushes_up = inputs.teacher > student
+    assert (grad[pushes_up & inputs.mask] == 0).all()
+    assert (jnp.abs(grad[~pushes_up & inputs.mask]) > 0).all()
+    assert np.isfinite(metrics["loss"])
+
+
+def test_metrics_of_parts_are_means_over_them():
+    c = config()
+    batch = make_batch(c)
+    _, metrics = gradient(c, batch)
+    d = np.asarray(rollouts().sampler_logprobs_BT - batch.frozen.teacher_logprobs_BT)
+    mask, correct = np.asarray(batch.completion_mask_BT), np.asarray(REWARDS >= 1)
+    assert metrics["kd/reverse_kl"] == pytest.approx(d[mask].mean(), rel=1e-4)
+    assert metrics["kd/reverse_kl_correct"] == pytest.approx(d[correct][mask[correct]].mean(), rel=1e-4)
+    assert metrics["kd/reverse_kl_wrong"] == pytest.approx(d[~correct][mask[~correct]].mean(), rel=1e-4)
+    quarter = (np.arange(T) - np.asarray(batch.starts_B)[:, None]) * 4 // c.rollout.max_new_tokens
+    assert metrics["kd/reverse_kl_q1"] == pytest.approx(d[mask & (quarter == 0)].mean(), rel=1e-4)
+    assert np.isnan(metrics["kd/reverse_kl_q4"])  # no completion is that long
+    advantages = np.asarray(batch.advantages_B)[:, None]
+    assert metrics["sign_conflict_frac"] == pytest.approx((advantages * -d < 0)[mask].mean(), rel=1e-4)
+
+
+def test_importance_of_stale_samplers_is_capped_and_seen():
+    """A sampler half as sure: ratios of 2, cut to the cap, and an effective sample size that says so."""
+    c = config(kd={"coef": 0.0}, rollout={"importance_cap": 1.5})
+    sampler = rollouts().sampler_logprobs_BT
+    off = dataclasses.replace(make_batch(c), sampler_logprobs_BT=sampler - np.log(2.0))
+    plain, _ = gradient(config(kd={"coef": 0.0}), off)
+    capped, metrics = gradient(c, off)
+    close(capped, jax.tree.map(lambda g: 1.5 * g, plain))
+    assert metrics["ratio/mean"] == pytest.approx(2.0, rel=1e-4)
+    assert metrics["ratio/ess"] == pytest.approx(1.0, rel=1e-4)
+    one_row = sampler.at[0].add(-3.0)
+    _, metrics = gradient(c, dataclasses.replace(off, sampler_logprobs_BT=one_row))
+    assert float(metrics["ratio/ess"]) < 0.7
+
+
+CUTS = {
+    "k2, tokens": {"rl": {}, "kd": {"mask": "response", "group_weight": "failure_rate"}},
+    "full, sequences": {
+        "rl": {"denominator": "sequences"},
+        "kd": {"estimator": "full", "denominator": "sequences"},
+    },
+    "top_k, all tokens": {"kd": {**KD["top_k"], "mask": "group", "denominator": "all_tokens"}},
+    "k1 reward, cispo": {"rl": RL["cispo"], "kd": KD["k1 reward"]},
+    "gspo, reference, entropy": {"rl": RL["gspo"], "ref": {"coef": 0.3}, "entropy": {"coef": 0.1}},
+    "trrd": {"rl": RL["trrd"], "kd": {"coef": 0.0}, "rollout": {"importance_cap": 2.0}},
+}
+some_cuts = pytest.mark.parametrize("cut", CUTS)
+
+
+@functools.cache
+def uncut(name):
+    """Gradient and metrics of the whole minibatch in one piece."""
+    return gradient(config(**CUTS[name]), head=dataclasses.replace(HEAD, chunk=10_000))
+
+
+@some_cuts
+def test_microbatches_do_not_change_the_gradient(cut):
+    """1, 2 and 8 microbatches, of old samples."""
+    old = rollouts().sampler_logprobs_BT - 0.1
+    sections = CUTS[cut]
+    c = config(**sections)
+    whole, measured = gradient(c, make_batch(c, old=old))
+    for rows in (8, 2):
+        c = config(**sections, train={"microbatch_rows": rows})
+        found, measured_cut = gradient(c, make_batch(c, old=old))
+        close(found, whole)
+        for name in measured:
+            np.testing.assert_allclose(measured_cut[name], measured[name], rtol=5e-5, atol=2e-7, err_msg=name)
+
+
+@some_cuts
+@pytest.mark.parametrize("chunk", [1, 48])
+def test_head_chunks_and_remat_do_not_change_the_gradient(chunk, cut):
+    c = config(**CUTS[cut], train={"remat": True})
+    found, _ = gradient(c, head=dataclasses.replace(HEAD, chunk=chunk))
+    close(found, uncut(cut)[0])
+
+
+@some_cuts
+def test_left_padded_rows_give_the_same_gradient(cut):
+    """Rows moved to the right by different amounts, with segment ids that say where they are."""
+    c = config(**CUTS[cut])
+    batch = make_batch(c)
+    whole, measured = uncut(cut)
+    moved = np.arange(P * G) % 5
+
+    def right(x, fill=0):
+        """[B, T] moved and padded to T + 4."""
+        wide = jnp.pad(x, ((0, 0), (0, 4)), constant_values=fill)
+        return jnp.stack([jnp.roll(row, int(k)) for row, k in zip(wide, moved, strict=True)])
+
+    real = jnp.arange(T)[None, :] < (batch.starts_B + batch.completion_mask_BT.sum(1))[:, None]
+    per_token = {
+        name: right(getattr(batch, name))
+        for name in (
+            "tokens_BT",
+            "completion_mask_BT",
+            "rl_mask_BT",
+            "kd_mask_BT",
+            "kd_scale_BT",
+            "sampler_logprobs_BT",
+        )
+        if getattr(batch, name) is not None
+    }
+    frozen = dataclasses.replace(
+        batch.frozen,
+        **{
+            name: right(getattr(batch.frozen, name))
+            for name in ("teacher_logprobs_BT", "ref_logprobs_BT")
+            if getattr(batch.frozen, name) is not None
+        },
+    )
+    left = dataclasses.replace(
+        batch,
+        **per_token,
+        starts_B=batch.starts_B + moved,
+        segment_ids_BT=right(real.astype(jnp.int32)),
+        frozen=frozen,
+    )
+    found, measured_left = gradient(c, left)
+    close(found, whole)
+    for name in measured:
+        np.testing.assert_allclose(measured_left[name], measured[name], rtol=5e-5, atol=2e-7, err_msg=name)
+
+
+@some_cuts
+def test_both_paths_of_the_head_give_the_same_gradient(cut):
+    """The terms by themselves, as diagnostics differentiate them, add up to the update's loss."""
+    c = config(**CUTS[cut])
+    objective = Objective(c, STUDENT, HEAD)
+    batch, at = make_batch(c), objective.terms.scalars(jnp.int32(0))
+    inputs = objective.terms.inputs(batch, HEAD)
+
+    def total(params):
+        sums = objective.sums(params, batch, inputs, at, heads(c))
+        return sum(at.coefs[t] * value for t, value in sums.items())
+
+    close(jax.jit(jax.grad(total))(PARAMS), uncut(cut)[0])
 
 
 def test_padding_and_prompts_do_not_leak():
@@ -188,22 +443,22 @@ def test_padding_and_prompts_do_not_leak():
     close(other, whole)
     batch = make_batch(c)
     noise = jnp.where(batch.completion_mask_BT, 0.0, 100.0)
-    disturbed = dataclasses.replace(batch, teacher_logprobs_BT=batch.teacher_logprobs_BT + noise)
+    frozen = dataclasses.replace(batch.frozen, teacher_logprobs_BT=batch.frozen.teacher_logprobs_BT + noise)
+    disturbed = dataclasses.replace(
+        batch, frozen=frozen, sampler_logprobs_BT=batch.sampler_logprobs_BT + noise
+    )
     same, _ = gradient(c, disturbed)
     np.testing.assert_array_equal(flat(same), flat(whole))
 
 
-@pytest.mark.parametrize(("estimator", "placement"), ESTIMATORS)
-def test_a_teacher_equal_to_the_student_gives_nothing(estimator, placement):
-    c = config(rl={"coef": 0.0}, kd={"estimator": estimator, "placement": placement})
+@pytest.mark.parametrize("kd", [kd for name, kd in KD.items() if "beyond" not in name], ids=str)
+def test_a_teacher_equal_to_the_student_gives_nothing(kd):
+    c = config(rl={"coef": 0.0}, kd=kd)
     r = rollouts()
-    lp, states = score_tokens(STUDENT, PARAMS, r.tokens_BT, r.prompt_lengths_B, HEAD, keep_states=True)
-    full = estimator == "full"
-    batch = make_batch_builder(c)(r, REWARDS, REWARDS >= 1, None, lp, states if full else None)
-    update = jax.jit(make_update(Objective(c, STUDENT, HEAD), optax.identity()))
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, PARAMS, optax.EmptyState(), zero, zero)
-    _, metrics = update(state, {}, batch, STUDENT.bind(PARAMS).output_head() if full else None)
+    own = scored(STUDENT, PARAMS, r.tokens_BT, r.prompt_lengths_B, keep_states=True)
+    frozen = FrozenScores(own.logprobs_BT, None, (own.states_BND,) if c.teacher_states else ())
+    head = (STUDENT.bind(PARAMS).output_head(),) if c.teacher_states else ()
+    _, metrics = gradient(c, make_batch(c, frozen=frozen), teacher=head)
     assert abs(float(metrics["kd/reverse_kl"])) < 1e-6
     assert float(metrics["grad_norm"]) < 1e-5
 
@@ -220,9 +475,9 @@ def test_padded_columns_of_the_vocabulary_change_nothing():
         objective = Objective(c, wide, HEAD)
         batch = make_batch(c)
         teacher = wider_head(c, 4, -fill)
-        coefs = objective.coefs(jnp.zeros((), jnp.int32))
-        grad = jax.grad(lambda p: objective.loss(p, batch, objective.weigh(batch), coefs, teacher)[0])
-        return grad(params)
+        at = objective.terms.scalars(jnp.int32(0))
+        inputs = objective.terms.inputs(batch, HEAD)
+        return jax.grad(lambda p: objective.loss(p, batch, inputs, at, teacher)[0])(params)
 
     a, b = grads(0.0), grads(50.0)
     close(
@@ -240,27 +495,23 @@ def test_student_and_teacher_may_pad_their_vocabularies_differently():
     params = {**PARAMS, "head": jnp.pad(PARAMS["head"], ((0, 0), (0, 4)), constant_values=3.0)}
     params["embed"] = jnp.pad(PARAMS["embed"], ((0, 4), (0, 0)))
     teacher = wider_head(c, 9, -5.0)
+    at = Objective(c, STUDENT, HEAD).terms.scalars(jnp.int32(0))
+    inputs = Objective(c, STUDENT, HEAD).terms.inputs(batch, HEAD)
     found = [
-        Objective(c, model, HEAD).sums(p, batch, Objective(c, model, HEAD).weigh(batch), k)[0]["kd"]
-        for model, p, k in ((STUDENT, PARAMS, kernel(c)), (wide, params, teacher))
+        Objective(c, model, HEAD).sums(p, batch, inputs, at, k)["kd"]
+        for model, p, k in ((STUDENT, PARAMS, heads(c)), (wide, params, teacher))
     ]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
 
 
 def test_scoring_in_passes_is_scoring_at_once():
     r = rollouts()
+    once = teacher_scores(1, 0)
     for rows in (2, 16):
-        lp, states = score_in_passes(
-            TEACHER,
-            teacher_params(),
-            r.tokens_BT,
-            r.prompt_lengths_B,
-            HEAD,
-            rows_per_pass=rows,
-            keep_states=True,
-        )
-        np.testing.assert_allclose(lp, teacher_scores(1, 0)[0], atol=1e-5)
-        np.testing.assert_allclose(states, teacher_scores(1, 0)[1], atol=1e-5)
+        score = make_row_scorer(TEACHER, HEAD, rows, keep_states=True, keep_entropy=True)
+        found = score(teacher_params(), r.tokens_BT, r.prompt_lengths_B, jnp.ones(P * G))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(once), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_minibatches_keep_every_row_once():
@@ -274,7 +525,7 @@ def test_old_logprobs_make_the_ratio():
     """With recorded old log-probabilities lower by log 1.1, every ratio is 1.1."""
     c = config(kd={"coef": 0.0})
     r = rollouts()
-    lp, _ = score_tokens(STUDENT, PARAMS, r.tokens_BT, r.prompt_lengths_B, HEAD)
+    lp = scored(STUDENT, PARAMS, r.tokens_BT, r.prompt_lengths_B).logprobs_BT
     fresh, _ = gradient(c, make_batch(c, old=lp))
     on_policy, _ = gradient(c, make_batch(c))
     stale, _ = gradient(c, make_batch(c, old=lp - np.log(1.1)))
@@ -289,8 +540,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, PARAMS, optimizer.init(PARAMS), zero, zero)
     good = make_batch(c)
-    bad = dataclasses.replace(good, teacher_logprobs_BT=good.teacher_logprobs_BT.at[0].set(jnp.nan))
-    skipped, metrics = update(state, {}, bad, None)
+    lp = good.frozen.teacher_logprobs_BT.at[0].set(jnp.nan)
+    bad = dataclasses.replace(good, frozen=dataclasses.replace(good.frozen, teacher_logprobs_BT=lp))
+    skipped, metrics = update(state, {}, bad, ())
     assert int(metrics["skipped_updates"]) == int(metrics["skipped_in_a_row"]) == 1
     for a, b in zip(
         jax.tree.leaves((skipped.params, skipped.opt_state)),
@@ -298,7 +550,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
-    after, metrics = update(skipped, {}, good, None)
+    after, metrics = update(skipped, {}, good, ())
     assert int(after.step) == 2
     assert int(metrics["skipped_in_a_row"]) == 0
     assert int(metrics["skipped_updates"]) == 1
@@ -306,20 +558,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "estimator"),
+    ("mesh", "sections"),
     [
-        ({"fsdp": 8}, "k2"),
-        ({"fsdp": 4, "tensor": 2}, "full"),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, "k2"),
+        ({"fsdp": 8}, "k2, tokens"),
+        ({"fsdp": 4, "tensor": 2}, "full, sequences"),
+        ({"data": 2, "tensor": 4}, "top_k, all tokens"),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "gspo, reference, entropy"),
+        ({"data": 2, "tensor": 4}, "full, sequences"),
     ],
     ids=str,
 )
-def test_meshes_give_the_same_gradient(mesh, estimator):
+def test_meshes_give_the_same_gradient(mesh, sections):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices; tests/conftest.py asks for them")
-    c = config(kd={"estimator": estimator}, train={"microbatch_rows": 8})
-    whole, measured = gradient(c)
-    measured.pop("sampler/logprob_gap")
+    c = config(**CUTS[sections], train={"microbatch_rows": 8})
+    whole, measured = uncut(sections)
+    measured = dict(measured)
+    measured.pop("sampler/logprob_gap")  # a rounding error of 0 here
     m = sharding.make_mesh(MeshConfig(**{"fsdp": 1, **mesh}), jax.devices()[:8])
     batch = jax.device_put(make_batch(c), sharding.rows(m))
     placed = jax.tree.map(
@@ -329,8 +584,7 @@ def test_meshes_give_the_same_gradient(mesh, estimator):
     update = jax.jit(make_update(Objective(c1, STUDENT, HEAD), optax.identity()))
     zero = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(m))
     with jax.set_mesh(m):
-        head = kernel(c)
-        new, metrics = update(TrainState(zero, placed, optax.EmptyState(), zero, zero), {}, batch, head)
+        new, metrics = update(TrainState(zero, placed, optax.EmptyState(), zero, zero), {}, batch, heads(c))
     close(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, new.params), whole)
     for name in measured:
-        np.testing.assert_allclose(metrics[name], measured[name], rtol=2e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(metrics[name], measured[name], rtol=5e-5, atol=1e-6, err_msg=name)

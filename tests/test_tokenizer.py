@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from kdrl_jax.config.schema import TokenizerConfig
+from kdrl_jax.config.models import TokenizerConfig
 from kdrl_jax.data.chat import render_prompt
 from kdrl_jax.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from kdrl_jax.data.tokenizer_gguf import gguf_tokenizer, load_gguf_tokenizer

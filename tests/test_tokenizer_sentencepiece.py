@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from test_tokenizer import CHATML, MODEL, TEXTS
 
-from kdrl_jax.config.schema import TokenizerConfig
+from kdrl_jax.config.models import TokenizerConfig
 from kdrl_jax.data.chat import render_prompt
 from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from kdrl_jax.config.schema import TokenizerConfig
+from kdrl_jax.config.models import TokenizerConfig
 from kdrl_jax.data.chat import render_prompt
 from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
 

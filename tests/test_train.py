@@ -13,81 +13,18 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
+from tiny_runs import SHAPE, TASK, TREE, assert_same_run, config_file, metrics, run
 
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import load_config, load_run_config
 from kdrl_jax.main import main
 from kdrl_jax.report import report
+from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.runs import is_complete
-from kdrl_jax.setup import make_setup
 from kdrl_jax.train import train
 
+train_module = sys.modules["kdrl_jax.train"]
 ROOT = Path(__file__).parents[1]
-SHAPE = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-TASK = {"kind": "task", "task": "chain_sum", "max_terms": 3}
-TREE = {
-    "name": "tiny",
-    "student": {"architecture": SHAPE},
-    "teacher": {"architecture": {**SHAPE, "hidden_size": 32}},
-    "tokenizer": {"kind": "char"},
-    "data": {"train": [TASK], "eval": [{**TASK, "split": "heldout"}], "max_prompt_tokens": 6},
-    "rollout": {"group_size": 2, "max_new_tokens": 10, "decode_chunk": 4},
-    "reward": {"shaping": {"format": 0.1}, "num_workers": 1},
-    "kd": {"coef": {"kind": "max_linear", "a": 1.0, "b": 0.1, "c": 0.5}},
-    "optimizer": {"learning_rate": 1e-3},
-    "train": {"num_steps": 4, "prompts_per_iteration": 8, "diagnostics_every": 2},
-    "eval": {"every": 2, "num_prompts": 8, "num_samples": 2, "agreement": True},
-    "checkpoint": {"every": 2},
-    "log": {"rollouts_every": 2},
-}
-# Wall-clock readings; everything else of a resumed run must be the same.
-TIMES = ("time/", "tokens_per_second")
-
-
-def config_file(folder, **sections):
-    tree = json.loads(json.dumps(TREE))
-    for name, value in sections.items():
-        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
-    path = folder / "config_in.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def run(folder, name, should_stop=lambda: False, overrides=(), **sections):
-    config = load_config(config_file(folder, **sections), [f"log.dir={folder / name}", *overrides])
-    return config, train(config, Console(quiet=True), should_stop)
-
-
-def parameters(run_dir):
-    config = load_run_config(run_dir)
-    checkpoints = Checkpoints(run_dir)
-    state, host = checkpoints.restore(make_setup(config).abstract_state())
-    checkpoints.close()
-    return jax.tree.map(np.asarray, (state.params, state.opt_state, state.step)), host
-
-
-def metrics(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
-
-
-def assert_same_run(a, b):
-    assert metrics(a) == metrics(b)
-    (ours, host), (theirs, other) = parameters(a), parameters(b)
-    assert host == other
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(x, y)
-    for folder in ("eval", "rollouts"):
-        files = sorted(p.name for p in (a / folder).iterdir())
-        assert files == sorted(p.name for p in (b / folder).iterdir())
-        for name in files:
-            assert (a / folder / name).read_text() == (b / folder / name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -328,3 +265,102 @@ def test_a_reward_that_raises_is_counted_and_the_run_goes_on(tmp_path, monkeypat
     assert metrics(tmp_path / "run")[0]["reward/errors"] == 16
     row = json.loads((tmp_path / "run" / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
     assert row["error"].startswith("ZeroDivisionError")
+
+
+@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}}], ids=["weights", "adapters"])
+def test_at_learning_rate_0_the_mean_ratio_is_1(student, tmp_path):
+    """Whatever the temperature and however many updates: sampler, trainer and old policy are one."""
+    sections = {
+        "student": student,
+        "rollout": {"temperature": {"kind": "linear", "start": 0.6, "end": 1.4, "steps": 8}},
+        "optimizer": {"learning_rate": 0.0},
+        "train": {"num_steps": 8, "num_minibatches": 2, "num_epochs": 2},
+        "ref": {"coef": 0.1},
+        "data": {"eval": []},
+        "eval": {"every": 0, "agreement": False},
+    }
+    assert run(tmp_path, "run", **sections)[1]
+    rows = metrics(tmp_path / "run")
+    np.testing.assert_allclose([r["temperature"] for r in rows], [0.6] * 4 + [1.0] * 4, rtol=1e-6)
+    for row in rows:
+        assert row["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+        assert row["ratio/ess"] == pytest.approx(1.0, abs=1e-5)
+        assert row["sampler/logprob_gap"] < 1e-5
+        assert row["rl/clip_low_frac"] == row["rl/clip_high_frac"] == 0
+        # The reference is the student as it started, and it has not moved.
+        assert abs(row["ref/reverse_kl"]) < 1e-5
+    # Another pass over the same samples changes nothing at learning rate 0.
+    for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
+        assert rows[a]["kd/reverse_kl"] == pytest.approx(rows[b]["kd/reverse_kl"], rel=1e-4)
+
+
+def test_trained_ids_are_the_sampled_ids(tmp_path, monkeypatch):
+    """Never retokenised: the update sees what the engine drew, as it drew it."""
+    seen = {"sampled": [], "trained": []}
+    generate, split = Engine.generate, train_module.split
+
+    def record_sampled(self, *args, **kwargs):
+        rollouts = generate(self, *args, **kwargs)
+        seen["sampled"].append(np.asarray(rollouts.tokens_BT))
+        return rollouts
+
+    def record_trained(batch, num):
+        seen["trained"].append(np.asarray(batch.tokens_BT))
+        return split(batch, num)
+
+    monkeypatch.setattr(Engine, "generate", record_sampled)
+    monkeypatch.setattr(train_module, "split", record_trained)
+    assert run(tmp_path, "run", data={"eval": []}, eval={"every": 0, "agreement": False})[1]
+    assert len(seen["trained"]) == 4
+    for sampled, trained in zip(seen["sampled"], seen["trained"], strict=True):
+        np.testing.assert_array_equal(sampled, trained)
+
+
+def test_schedules_compile_nothing_again(tmp_path, monkeypatch):
+    """Another temperature, clip or coefficient is another number in the same program."""
+    compiled, after = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    iteration = train_module._Run.iteration
+    monkeypatch.setattr(
+        train_module._Run, "iteration", lambda self: (iteration(self), after.append(len(compiled)))
+    )
+    rise = {"kind": "linear", "start": 0.5, "end": 1.5, "steps": 4}
+    sections = {
+        "rollout": {"temperature": rise},
+        "rl": {"clip_low": {"kind": "linear", "start": 0.1, "end": 0.2, "steps": 4}, "coef": rise},
+        "train": {"diagnostics_every": 0},
+        "data": {"eval": []},
+        "eval": {"every": 0, "agreement": False},
+        "checkpoint": {"every": 0},
+    }
+    assert run(tmp_path, "run", **sections)[1]
+    assert compiled
+    assert after[1:] == [after[0]] * 3
+    rows = metrics(tmp_path / "run")
+    np.testing.assert_allclose([r["rl/clip_low"] for r in rows], [0.1, 0.125, 0.15, 0.175], rtol=1e-6)
+    np.testing.assert_allclose([r["temperature"] for r in rows], [0.5, 0.75, 1.0, 1.25], rtol=1e-6)
+
+
+def test_a_run_with_two_teachers(tmp_path):
+    """Each source's own; both are measured, and the rows of one never see the other."""
+    tree = {
+        "teacher": None,
+        "teachers": {
+            "small": {"architecture": {**SHAPE, "hidden_size": 32}},
+            "wide": {"architecture": {**SHAPE, "hidden_size": 48}},
+        },
+        "data": {
+            "train": [
+                {**TASK, "teacher": "small"},
+                {"kind": "task", "task": "chain_sum", "max_terms": 2, "teacher": "wide"},
+            ],
+        },
+        "kd": {"estimator": "full"},
+        "eval": {"every": 0, "agreement": False, "num_samples": 0},
+    }
+    assert run(tmp_path, "run", **tree)[1]
+    names = sorted(p.name for p in (tmp_path / "run" / "eval").iterdir())
+    assert names[-2:] == ["teachers.small.json", "teachers.wide.json"]
+    assert all(row["kd/reverse_kl_exact"] > 0 for row in metrics(tmp_path / "run"))

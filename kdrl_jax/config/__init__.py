@@ -7,28 +7,21 @@ from kdrl_jax.config.commands import (
     options_help,
     read_options,
 )
+from kdrl_jax.config.data import DataConfig, JsonlSourceConfig, SourceConfig, TaskSourceConfig
 from kdrl_jax.config.errors import ConfigError
 from kdrl_jax.config.load import config_for_model, differences, load_config, load_run_config, save_config
+from kdrl_jax.config.models import ArchitectureConfig, LoRAConfig, ModelConfig, TokenizerConfig
+from kdrl_jax.config.objective import Denominator, EntropyConfig, KDConfig, RefConfig, RLConfig, SFTConfig
 from kdrl_jax.config.schedules import Schedule
 from kdrl_jax.config.schema import (
-    ArchitectureConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvalConfig,
-    JsonlSourceConfig,
-    KDConfig,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     RewardConfig,
-    RLConfig,
     RolloutConfig,
-    SFTConfig,
-    SourceConfig,
-    TaskSourceConfig,
-    TokenizerConfig,
     TrainConfig,
 )
 
@@ -39,15 +32,19 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Denominator",
+    "EntropyConfig",
     "EvalConfig",
     "ExportOptions",
     "JsonlSourceConfig",
     "KDConfig",
+    "LoRAConfig",
     "LogConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RLConfig",
+    "RefConfig",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",

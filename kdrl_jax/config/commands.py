@@ -21,8 +21,8 @@ class SampleOptions(Section):
 
     prompt: str
     """The question, taken as it is; `-` reads it from standard input."""
-    model: Literal["student", "teacher"] = "student"
-    """Which model answers."""
+    model: str = "student"
+    """Which model answers: student, teacher or teachers.NAME, reference."""
     greedy: Flag = False
     """Take the most likely token each time, instead of drawing one."""
     step: Count | None = None

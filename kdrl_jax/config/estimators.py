@@ -5,8 +5,16 @@ states held fixed) and unit weights, the expected gradient of each allowed pair 
 `tests/test_objective.py` for the proof by enumeration.
 """
 
-ESTIMATORS = ("k1", "k2", "k3_forward", "score_function", "full", "top_k")
-PLACEMENTS = ("loss", "reward")
+import typing
+from typing import Literal
+
+Estimator = Literal["k1", "k2", "k3_forward", "score_function", "full", "top_k"]
+Placement = Literal["loss", "reward"]
+ESTIMATORS: tuple[str, ...] = typing.get_args(Estimator)
+PLACEMENTS: tuple[str, ...] = typing.get_args(Placement)
+
+SAMPLED = ("k1", "k2", "k3_forward", "score_function")
+"""Estimators that look at the sampled token alone; the others see the whole vocabulary."""
 
 ALLOWED: dict[tuple[str, str], str] = {
     ("k1", "reward"): "reverse_kl",
@@ -34,11 +42,15 @@ REFUSED: dict[tuple[str, str], str] = {
     ("top_k", "reward"): f"{_PER_STATE}; use top_k as a loss",
 }
 
+_VOCABULARY = "it compares with one teacher's distribution over the vocabulary; use k2 or score_function"
+
 REFUSED_UNNORMALISED: dict[str, str] = {
     "k3_forward": (
         "the target beyond the teacher is not normalised at a sampled token, and the missing constant "
-        "scales its pull; use k2, or full, which normalises it"
+        "scales its pull; use k2 or score_function"
     ),
+    "full": _VOCABULARY,
+    "top_k": _VOCABULARY,
 }
 
 

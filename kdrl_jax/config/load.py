@@ -162,12 +162,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, got {show(tree)}")
     _resolve_runs(tree, path.parent)
-    parent = tree.pop("extends", None)
-    if parent is None:
+    parents = tree.pop("extends", None)
+    if parents is None:
         return tree
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends={show(parent)}: expected the name of one config file")
-    return _merge(_read(path.parent / parent, (*seen, where)), tree)
+    if isinstance(parents, str):
+        parents = [parents]
+    if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
+        raise ConfigError(f"{path}: extends={show(parents)}: expected a config file, or a list of them")
+    merged: dict[str, Any] = {}
+    for parent in parents:  # later ones over earlier ones, and the file itself over all
+        merged = _merge(merged, _read(path.parent / parent, (*seen, where)))
+    return _merge(merged, tree)
 
 
 def parse_yaml(text: str, source: str, is_file: bool = False) -> Any:
@@ -198,8 +203,10 @@ def _nearest_file(path: Path) -> str:
 
 def _resolve_runs(tree: dict[str, Any], folder: Path) -> None:
     """`run: other.yaml` is relative to the file that says so; nothing else is rewritten."""
-    for section in ("student", "teacher"):
-        model = tree.get(section)
+    several = tree.get("teachers")
+    models = [tree.get(section) for section in ("student", "teacher", "reference")]
+    models += several.values() if isinstance(several, dict) else []
+    for model in models:
         if isinstance(model, dict) and isinstance(model.get("run"), str):
             beside = os.path.join(folder, model["run"])
             if os.path.exists(beside):

@@ -5,6 +5,7 @@ In YAML a schedule is a number (constant) or a mapping with a `kind`:
     kd: {coef: {kind: max_linear, a: 5e-3, b: 5e-5, c: 1e-3}}
 """
 
+import math
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Discriminator, Tag, model_validator
@@ -101,3 +102,34 @@ Schedule = Annotated[
     Discriminator(_kind),
     BeforeValidator(_number_is_constant),
 ]
+
+
+def constant(value: float) -> Constant:
+    """The schedule that a plain number in YAML means."""
+    return Constant(value=value)
+
+
+def is_zero(schedule: Schedule) -> bool:
+    """Whether a coefficient is the constant 0, so that its term is left out altogether."""
+    return isinstance(schedule, Constant) and schedule.value == 0
+
+
+def bounds(schedule: Schedule) -> tuple[float, float]:
+    """The smallest and the largest value over all steps, or limits that it comes near."""
+    match schedule:
+        case Constant():
+            values = [schedule.value]
+        case Linear() | Cosine():
+            values = [schedule.start, schedule.end]
+        case Exponential():
+            far = 0.0 if schedule.rate < 1 else math.copysign(math.inf, schedule.start)
+            last = schedule.end if schedule.end is not None else far
+            values = [schedule.start, schedule.start if schedule.rate == 1 else last]
+        case Piecewise():
+            values = list(schedule.values.values())
+        case MaxLinear():
+            far = schedule.a if schedule.b == 0 else math.copysign(math.inf, -schedule.b)
+            values = [max(schedule.a, schedule.c), max(far, schedule.c)]
+    if schedule.warmup_steps:
+        values.append(0.0)
+    return min(values), max(values)

@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from kdrl_jax.config.schema import DataConfig, SourceConfig
+from kdrl_jax.config.data import DataConfig, SourceConfig
 from kdrl_jax.data.chat import ChatMode, render_prompt
 from kdrl_jax.data.sources import Row, Source, open_source
 from kdrl_jax.data.tokenizer import Tokenizer
@@ -115,12 +115,17 @@ class _EncodedSource:
 class PromptStream(Iterator[Prompts]):
     """An endless stream of `Prompts`, with an exact position. Made by `open_prompts`."""
 
-    def __init__(self, sources: Sequence[_EncodedSource], weights: Sequence[float], encode: _Encoder,
+    def __init__(self, sources: Sequence[_EncodedSource], weights: Sequence[float],
+                 teachers: Sequence[str | None], encode: _Encoder,
                  prompts_per_iteration: int, seed: int):  # fmt: skip
         self.dropped: dict[str, int] = {s.name: s.dropped for s in sources}
         """Over-long prompts per source, among all rows of a file or the first rows of a task."""
         self.checked: dict[str, int] = {s.name: s.checked for s in sources}
         """Rows looked at for `dropped`."""
+        self.teacher_of: dict[str, str | None] = {
+            s.name: teacher for s, teacher in zip(sources, teachers, strict=True)
+        }
+        """The teacher that the config gives each source."""
         self._sources = sources
         self._encode = encode
         # What the order follows from, kept in the state: a position in another stream means nothing.
@@ -193,7 +198,8 @@ def open_prompts(
     """
     encode = _Encoder(tokenizer, data.prompt_template, chat_template, data.max_prompt_tokens)
     sources = [_EncodedSource(s, encode, needs_completion) for s in _open(data.train, needs_completion)]
-    return PromptStream(sources, [s.weight for s in data.train], encode, prompts_per_iteration, seed)
+    weights, teachers = [s.weight for s in data.train], [s.teacher for s in data.train]
+    return PromptStream(sources, weights, teachers, encode, prompts_per_iteration, seed)
 
 
 def load_eval_prompts(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdrl_jax.config.schema import JsonlSourceConfig, SourceConfig, TaskSourceConfig
+from kdrl_jax.config.data import JsonlSourceConfig, SourceConfig, TaskSourceConfig
 from kdrl_jax.data.tasks import task_row
 
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kdrl_jax.config.schema import TaskSourceConfig
+from kdrl_jax.config.data import TaskSourceConfig
 
 HELDOUT_PERCENT = 10
 _TRIES = 10_000

@@ -7,7 +7,7 @@ from typing import Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from kdrl_jax.config.schema import TokenizerConfig
+from kdrl_jax.config.models import TokenizerConfig
 from kdrl_jax.data.tokenizer_files import write_settings
 from kdrl_jax.data.tokenizer_gguf import load_gguf_tokenizer
 from kdrl_jax.data.tokenizer_hf import load_hf_tokenizer

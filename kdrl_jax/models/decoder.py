@@ -285,9 +285,27 @@ class FrozenModel:
 
     model: Model
     params: Params
-    """In the model's compute type, or in int8."""
+    """In the model's compute type, or in int8; on the devices, or parked in host memory."""
+
+    def parked(self) -> "FrozenModel":
+        """The same model with its parameters in the hosts' memory, each part beside its device."""
+        return dataclasses.replace(self, params=_move(self.params, "pinned_host"))
+
+    @property
+    def is_parked(self) -> bool:
+        return jax.tree.leaves(self.params)[0].sharding.memory_kind == "pinned_host"
+
+    def on_device(self) -> Params:
+        """The parameters where they can be computed with; keep them no longer than that."""
+        return _move(self.params, "device")
 
     @property
     def head(self) -> Head:
-        """The vocabulary head."""
-        return self.model.bind(self.params).output_head()
+        """The vocabulary head, on the devices."""
+        return _move(self.model.bind(self.params).output_head(), "device")
+
+
+def _move(tree: Any, memory: str) -> Any:
+    """Arrays in the memory of that kind; those there already are not copied."""
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
+    return jax.device_put(tree, places)

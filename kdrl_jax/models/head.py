@@ -25,25 +25,66 @@ class Head:
     """Bound on |logit|, applied before temperature and padding."""
 
     @property
+    def dims(self) -> str:
+        """The kernel's dimensions, in the letters of `sharding`."""
+        return "V D" if self.tied else "D V"
+
+    @property
     def num_columns(self) -> int:
         """V: columns of the logits, padding included."""
         return self.kernel.shape[0 if self.tied else 1]
 
 
-def head_logits(hidden: jax.Array, head: Head, *, num_tokens: int, temperature: float) -> jax.Array:
+def head_logits(
+    hidden: jax.Array, head: Head, *, num_tokens: int, temperature: jax.Array | float
+) -> jax.Array:
     """Tempered float32 logits [..., V]; columns from `num_tokens` on are padding and masked out.
 
     Sampler, student and teacher all go through here, so that a log-probability means the same policy
     everywhere.
+
+    Args:
+        hidden: [..., D].
+        temperature: a scalar, or an array about the leading dimensions of `hidden` (one per row).
     """
+    return temper(products(hidden, head), head, num_tokens=num_tokens, temperature=temperature)
+
+
+def products(hidden: jax.Array, head: Head) -> jax.Array:
+    """The bare products [..., V] of states and kernel: taken in the states' type, summed in float32."""
     equation = "...d,vd->...v" if head.tied else "...d,dv->...v"
     kernel = head.kernel.astype(hidden.dtype)
-    logits = jnp.einsum(equation, hidden, kernel, preferred_element_type=jnp.float32)
-    if head.scale_V is not None:
-        logits = logits * head.scale_V
+    return jnp.einsum(equation, hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def products_gradient(
+    cotangent: jax.Array, hidden: jax.Array, head: Head, *, kernel: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Gradients of `products` in the states (in their type) and, if asked for, in the kernel (float32).
+
+    The cotangent [..., V] is rounded to the states' type, as the operands of `products` are, so that the
+    two products here cost what that one does; all are summed in float32.
+    """
+    cotangent = cotangent.astype(hidden.dtype)
+    to_states = "...v,vd->...d" if head.tied else "...v,dv->...d"
+    weights = head.kernel.astype(hidden.dtype)
+    in_states = jnp.einsum(to_states, cotangent, weights, preferred_element_type=jnp.float32)
+    in_kernel = None
+    if kernel:
+        operands = (cotangent, hidden) if head.tied else (hidden, cotangent)
+        a, b = (x.reshape(-1, x.shape[-1]) for x in operands)
+        in_kernel = jnp.einsum("na,nb->ab", a, b, preferred_element_type=jnp.float32)
+    return in_states.astype(hidden.dtype), in_kernel
+
+
+def temper(
+    products: jax.Array, head: Head, *, num_tokens: int, temperature: jax.Array | float
+) -> jax.Array:
+    """What follows the product on the way to `head_logits`: scale, softcap, temperature, padding."""
+    logits = products if head.scale_V is None else products * head.scale_V
     logits = soft_cap(logits, head.softcap)
-    if temperature != 1.0:
-        logits = logits / temperature
+    t = jnp.asarray(temperature, jnp.float32)
+    logits = logits / t.reshape(t.shape + (1,) * (logits.ndim - t.ndim))
     if num_tokens < logits.shape[-1]:
         logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, MASKED)
     return logits

@@ -36,7 +36,7 @@ def group_advantages(rewards_B: jax.Array, group_size: int, kind: str) -> jax.Ar
 def has_signal(rewards_B: jax.Array, group_size: int) -> jax.Array:
     """Whether a group's rewards differ by more than rounding, so that RL learns from it (bool [P]).
 
-    DAPO (arXiv 2503.14476, section 3.2) draws other prompts for those that have none.
+    DAPO (arXiv 2503.14476, section 3.2) draws other prompts for those that have none; its rewards are 0 or 1.
     """
     rewards_PG = rewards_B.reshape(-1, group_size)
     spread = rewards_PG.max(1) - rewards_PG.min(1)

@@ -71,7 +71,7 @@ def divergence(settings: Divergence, student_logp: jax.Array, teacher_logp: jax.
             columns masked out in both (-1e30) count nothing. Only `student_logp` has a gradient.
 
     Returns:
-        [...]. Tokens as likely as the k-th of `top_k` keep a bucket of their own too.
+        [...]. Tokens as likely as the k-th of `top_k` (within 1e-5) keep a bucket of their own too.
     """
     teacher_logp = jax.lax.stop_gradient(teacher_logp)
     shares = _shares(settings, student_logp, teacher_logp)
@@ -80,7 +80,9 @@ def divergence(settings: Divergence, student_logp: jax.Array, teacher_logp: jax.
     support = jax.lax.stop_gradient(student_logp) if settings.support == "student" else teacher_logp
     # A threshold instead of gathered columns: no scatter in the backward pass, and the tail is summed
     # directly, where 1 - (mass of the top k) would have no digits left once that mass is nearly 1.
-    kept = support >= jax.lax.top_k(support, settings.top_k)[0][..., -1:]
+    # With room for rounding: the compiler may compute the support twice, and the k-th must not fall out.
+    kth = jax.lax.top_k(support, settings.top_k)[0][..., -1:]
+    kept = support >= kth - 1e-5 * (1.0 + jnp.abs(kth))
     tails = (jax.nn.logsumexp(jnp.where(kept, _NOTHING, x), -1) for x in (student_logp, teacher_logp))
     return jnp.sum(jnp.where(kept, shares, 0.0), -1) + _shares(settings, *tails)
 
@@ -117,7 +119,8 @@ def mixture(logps: Sequence[jax.Array], weights: jax.Array) -> jax.Array:
         weights: [..., K], about the leading dimensions of `logps`; at least 0, summing to 1 over K. A
             teacher of weight 0 counts nothing, whatever it says.
     """
-    log_weights = jnp.log(weights)
+    # Finite where nothing counts, so that a row without any teacher is finite too.
+    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), _NOTHING)
 
     def part(k: int, logp: jax.Array) -> jax.Array:
         w = log_weights[..., k]

@@ -4,7 +4,7 @@ import jax
 
 from kdrl_jax.objective import kl
 
-SAMPLED = ("k2", "score_function", "k3_forward")
+LOSSES = ("k2", "score_function", "k3_forward")
 
 
 def sampled_kd_loss(
@@ -28,4 +28,4 @@ def sampled_kd_loss(
         if bound is not None:
             raise ValueError(f"k3_forward has no bound on d, got {bound}; use k2 or score_function")
         return kl.k3_forward(student, teacher, old)
-    raise ValueError(f"{estimator!r} is no loss of sampled tokens; use one of {', '.join(SAMPLED)}")
+    raise ValueError(f"{estimator!r} is no loss of sampled tokens; use one of {', '.join(LOSSES)}")

@@ -133,7 +133,7 @@ def extrapolate(teacher: jax.Array, reference: jax.Array, factor: float | jax.Ar
     c = log sum_v ref_v (T_v / ref_v)^factor. A constant in d drops out of the expected gradients of `k2`,
     `score_function` and `k1_reward` (it adds noise, no bias) as long as no `Bound` acts and no weight
     depends on the outcome. It does not drop out of `k3_forward`'s, so that pair is refused. The mean of
-    d, the reported reverse KL, is then the target's minus c. Over the whole vocabulary take
+    d over samples is then the target's reverse KL minus c. Over the whole vocabulary take
     `log_softmax` of the result, and there is no constant.
     """
     return jax.lax.stop_gradient(reference + factor * (teacher - reference))

@@ -85,6 +85,7 @@ def token_weights(
 
     Args:
         mask_BT: bool, the tokens of a term; a part of `completion_mask_BT`.
+        completion_mask_BT: bool, the tokens that the term could be about; rows without any count nowhere.
         denominator: `tokens`: every kept token alike, summing to 1 (DAPO's token mean, arXiv 2503.14476).
             `all_tokens`: divided by all completion tokens, kept or not, so that a mask takes weight away
             and moves none. `sequences`: every row that keeps any token alike, its kept tokens sharing the
@@ -104,5 +105,6 @@ def token_weights(
     if denominator == "max_tokens":
         if max_new_tokens is None:
             raise ValueError("denominator 'max_tokens' needs max_new_tokens, the longest completion")
-        return mask / (mask.shape[0] * max_new_tokens)
+        num_rows = completion_mask_BT.any(1).sum().astype(jnp.float32)
+        return mask / (jnp.maximum(num_rows, 1.0) * max_new_tokens)
     raise ValueError(f"denominator {denominator!r}; use one of {', '.join(DENOMINATORS)}")

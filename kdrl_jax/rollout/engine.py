@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdrl_jax import sharding
@@ -104,6 +105,7 @@ class Engine:
         prompts: Prompts,
         key: jax.Array,
         *,
+        temperature: float = 1.0,
         on_chunk: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Rollouts:
@@ -114,20 +116,23 @@ class Engine:
 
         Args:
             prompts: exactly `num_prompts` of them.
+            temperature: divides the logits, above 0; another one is the same program.
             on_chunk: called between chunks with (completion tokens so far, rows still running).
             should_stop: asked between chunks.
 
         Raises:
             Stopped: when `should_stop` says so.
         """
-        for chunk in self.stream(params, prompts, key):
+        for chunk in self.stream(params, prompts, key, temperature=temperature):
             if on_chunk is not None:
                 on_chunk(chunk.num_tokens, chunk.num_running)
             if chunk.num_running and should_stop is not None and should_stop():
                 raise Stopped
         return self.rollouts(chunk.carry)
 
-    def stream(self, params: Params, prompts: Prompts, key: jax.Array) -> Iterator[Chunk]:
+    def stream(
+        self, params: Params, prompts: Prompts, key: jax.Array, *, temperature: float = 1.0
+    ) -> Iterator[Chunk]:
         """As `generate`, one chunk of `decode_chunk` steps at a time (the first holds the prefill too).
 
         The last one is the one without running rows; `rollouts` of its carry is the result.
@@ -139,15 +144,16 @@ class Engine:
                 f"{(s.num_prompts, s.max_prompt_tokens)}"
             )
         put = functools.partial(jax.device_put, device=sharding.rows(self.mesh))
+        t = np.float32(temperature)
         # Set for each call alone: whoever takes a chunk goes on without it.
         with jax.set_mesh(self.mesh):
             carry = self._start(
-                params, put(prompts.tokens_PT), put(prompts.lengths_P), put(prompts.draws_P), key
+                params, put(prompts.tokens_PT), put(prompts.lengths_P), put(prompts.draws_P), key, t
             )
         num_running = 1
         while num_running:
             with jax.set_mesh(self.mesh):
-                carry, running, num_tokens = self._chunk(params, carry)
+                carry, running, num_tokens = self._chunk(params, carry, t)
             num_running = int(running)
             yield Chunk(carry, int(num_tokens), num_running)
 
@@ -156,18 +162,22 @@ class Engine:
         ended = _ends(carry, self.settings.end_ids)
         return Rollouts(carry.tokens_BT, carry.prompt_lengths_B, carry.counts_B, ended, carry.logprobs_BT)
 
-    def _logits(self, hidden: jax.Array, head: Head) -> jax.Array:
-        return head_logits(
-            hidden, head, num_tokens=self.settings.num_tokens, temperature=self.settings.sampler.temperature
-        )
+    def _logits(self, hidden: jax.Array, head: Head, temperature: jax.Array) -> jax.Array:
+        return head_logits(hidden, head, num_tokens=self.settings.num_tokens, temperature=temperature)
 
     def _prefill(
-        self, params: Params, tokens_PT: jax.Array, lengths_P: jax.Array, draws_P: jax.Array, key: jax.Array
+        self,
+        params: Params,
+        tokens_PT: jax.Array,
+        lengths_P: jax.Array,
+        draws_P: jax.Array,
+        key: jax.Array,
+        temperature: jax.Array,
     ) -> Carry:
         s, g = self.settings, self.settings.group_size
         decoder = self.model.bind(params)
         hidden_PD, cache = decoder.prefill(tokens_PT, lengths_P)
-        logits = jnp.repeat(self._logits(hidden_PD, decoder.output_head()), g, axis=0)
+        logits = jnp.repeat(self._logits(hidden_PD, decoder.output_head(), temperature), g, axis=0)
 
         def spread(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
             """A prompt's row for each of its samples, with room for their completions at axis + 1."""
@@ -211,7 +221,9 @@ class Engine:
             cache=cache,
         )
 
-    def _decode_chunk(self, params: Params, carry: Carry) -> tuple[Carry, jax.Array, jax.Array]:
+    def _decode_chunk(
+        self, params: Params, carry: Carry, temperature: jax.Array
+    ) -> tuple[Carry, jax.Array, jax.Array]:
         s = self.settings
         decoder = self.model.bind(params)
         head = decoder.output_head()
@@ -229,7 +241,7 @@ class Engine:
             ]
             which = jnp.sum(needed > sizes)
             hidden, cache = jax.lax.switch(which, branches, tokens, at, carry.cache)
-            carry = self._append(carry, self._logits(hidden, head), cache)
+            carry = self._append(carry, self._logits(hidden, head, temperature), cache)
             return dataclasses.replace(carry, steps=carry.steps + 1)
 
         carry = jax.lax.while_loop(lambda c: ~c.done_B.all() & (c.steps < last), step, carry)

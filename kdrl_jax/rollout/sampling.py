@@ -11,9 +11,9 @@ MAX_CANDIDATES = 256
 
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """How tokens are drawn. Training uses the full distribution; the rest is for evaluation."""
+    """How tokens are drawn from a tempered distribution. Training uses all of it; the rest is for
+    evaluation."""
 
-    temperature: float = 1.0
     greedy: bool = False
     top_k: int = 0
     top_p: float = 1.0

@@ -1,0 +1,168 @@
+"""Rounds of sampling, and which of their groups an iteration trains on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kdrl_jax.config import Config
+from kdrl_jax.metrics import completion_metrics, reward_metrics
+from kdrl_jax.objective.advantages import has_signal, overlong_penalty
+from kdrl_jax.rewards.pool import Scored, is_correct, total
+from kdrl_jax.sharding import rows as row_sharding
+from kdrl_jax.types import FrozenScores, Metrics, Prompts, Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """Completions of one draw of prompts, with all that is known of them."""
+
+    prompts: Prompts
+    rollouts: Rollouts
+    ids: list[np.ndarray]
+    """Each completion's tokens."""
+    texts: list[str]
+    frozen: FrozenScores
+    scored: list[Scored] | None
+    """Verdicts; None for completions of a dataset."""
+    rewards_B: np.ndarray
+    """float32: verifier and shaping; 0 for completions of a dataset."""
+    correct_B: np.ndarray
+    """bool: the verifier's verdict."""
+
+    def total_rewards(self, config: Config) -> np.ndarray:
+        """float32 [B]: the rewards, less what comes off for length."""
+        r = config.reward
+        if not r.overlong_buffer:
+            return self.rewards_B
+        lengths = jnp.asarray([len(row) for row in self.ids])
+        overlong = overlong_penalty(lengths, config.rollout.max_new_tokens, r.overlong_buffer)
+        return self.rewards_B + r.overlong_penalty * np.asarray(overlong, np.float32)
+
+
+def verdicts(config: Config, scored: Sequence[Scored] | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """`Round.rewards_B` and `correct_B`."""
+    r = config.reward
+    if scored is None:
+        return np.zeros(num_rows, np.float32), np.zeros(num_rows, bool)
+    rewards = np.array([total(s, r.verifier, r.shaping) for s in scored], np.float32)
+    return rewards, np.array([is_correct(s, r.verifier) for s in scored])
+
+
+def wants_another(config: Config, rounds: Sequence[Round]) -> bool:
+    """Whether groups without signal are to be replaced by those of a further round."""
+    if len(rounds) > config.rl.resample_rounds:
+        return False
+    return _signals(config, rounds).sum() < config.train.prompts_per_iteration
+
+
+def _signals(config: Config, rounds: Sequence[Round]) -> np.ndarray:
+    """bool, for each group drawn: by the answers; that lengths differ is no reason to keep a group."""
+    rewards = np.concatenate([r.rewards_B for r in rounds])
+    return np.asarray(has_signal(jnp.asarray(rewards), config.rollout.group_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The rows that an iteration trains on."""
+
+    rollouts: Rollouts
+    frozen: FrozenScores
+    rewards_B: jax.Array
+    correct_B: jax.Array
+    rl_rows_B: jax.Array | None
+    """bool: rows that RL is about; None for all."""
+
+
+def choose(config: Config, rounds: Sequence[Round], mesh: Mesh) -> Chosen:
+    """All rows of the only round; or, where groups are replaced, the first groups with signal for RL, and
+    besides them as many others as there is room for, which only distil."""
+    put = row_sharding(mesh)
+    if not config.rl.resample_rounds:
+        (only,) = rounds
+        verdict = (only.total_rewards(config), only.correct_B)
+        rewards, correct = (jax.device_put(x, put) for x in verdict)
+        return Chosen(only.rollouts, only.frozen, rewards, correct, None)
+    groups, rl, used = plan_groups(
+        _signals(config, rounds), config.train.prompts_per_iteration, config.groups_per_batch
+    )
+    size = config.rollout.group_size
+    rows = (groups[:, None] * size + np.arange(size)).ravel()
+    rewards, correct = _verdicts_of(config, rounds)
+    with jax.set_mesh(mesh):
+        rollouts, frozen = _take([(r.rollouts, r.frozen) for r in rounds], rows)
+    # A place that nothing fills holds no completion, so that no mean and no denominator counts it.
+    lengths = np.where(np.repeat(used, size), np.asarray(rollouts.completion_lengths_B), 0)
+    rollouts = dataclasses.replace(rollouts, completion_lengths_B=lengths)
+    of_rows = (rewards[rows], correct[rows], np.repeat(rl, size))
+    return Chosen(*jax.device_put((rollouts, frozen, *of_rows), put))
+
+
+def _verdicts_of(config: Config, rounds: Sequence[Round]) -> tuple[np.ndarray, np.ndarray]:
+    rewards = [r.total_rewards(config) for r in rounds]
+    return np.concatenate(rewards), np.concatenate([r.correct_B for r in rounds])
+
+
+def plan_groups(
+    signal: np.ndarray, num_rl: int, num_places: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(group in each place, whether RL trains on it there, whether the place is used).
+
+    Args:
+        signal: bool, for each group in the order drawn.
+        num_rl: at most so many groups are for RL: the first with signal.
+        num_places: the rest goes to other groups in the order drawn; a place for which none is left
+            repeats one, and is not used.
+    """
+    for_rl = np.flatnonzero(signal)[:num_rl]
+    others = np.setdiff1d(np.arange(len(signal)), for_rl)[: num_places - len(for_rl)]
+    used = np.concatenate([for_rl, others])
+    empty = num_places - len(used)
+    groups = np.concatenate([used, np.zeros(empty, used.dtype)])
+    place = np.arange(num_places)
+    return groups, place < len(for_rl), place < len(used)
+
+
+@jax.jit
+def _take(rounds: list[Any], rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[rows], *rounds)
+
+
+def round_metrics(config: Config, rounds: Sequence[Round]) -> Metrics:
+    """Of all completions that were sampled, trained on or not."""
+    ids = [row for r in rounds for row in r.ids]
+    ended = np.concatenate([np.asarray(r.rollouts.ended_B) for r in rounds])
+    out = completion_metrics(ids, ended)
+    if rounds[0].scored is not None:
+        errors = sum(s.error is not None for r in rounds for s in r.scored or ())
+        rewards, correct = _verdicts_of(config, rounds)
+        out |= reward_metrics(rewards, correct, errors, config.rollout.group_size)
+    if config.rl.resample_rounds:
+        out["reward/rounds"] = len(rounds)
+    return out
+
+
+def sample_rows(config: Config, sampled: Round, step: int) -> list[dict[str, Any]]:
+    """The first completions of a round, as readable records."""
+    assert sampled.scored is not None
+    group_size, rewards = config.rollout.group_size, sampled.total_rewards(config)
+    prompts, ended = sampled.prompts, np.asarray(sampled.rollouts.ended_B)
+    return [
+        {
+            "step": step,
+            "question": prompts.questions[i // group_size],
+            "answer": prompts.answers[i // group_size],
+            "source": prompts.sources[i // group_size],
+            "sample": i % group_size,
+            "completion": sampled.texts[i],
+            "reward": float(rewards[i]),
+            "scores": sampled.scored[i].scores,
+            "error": sampled.scored[i].error,
+            "ended": bool(ended[i]),
+        }
+        for i in range(min(config.log.rollouts_rows, len(sampled.texts)))
+    ]

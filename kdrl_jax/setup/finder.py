@@ -1,0 +1,67 @@
+"""Where a config's models and tokenizers are, before anything of them is on a device."""
+
+from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
+from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from kdrl_jax.models.load import ModelSource, open_model
+from kdrl_jax.runs import Role, model_of, run_of
+from kdrl_jax.setup.parameters import Found, load_run
+
+
+class Finder:
+    """Opens a model's file once for its tokenizer and its weights, and a tokenizer once for all."""
+
+    def __init__(self) -> None:
+        self._sources: dict[ModelConfig, ModelSource] = {}
+        self._tokenizers: dict[tuple[TokenizerConfig, str | None], Tokenizer] = {}
+
+    def tokenizer(self, config: TokenizerConfig, path: str | None = None) -> Tokenizer:
+        key = (config, path)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(config, path)
+        return self._tokenizers[key]
+
+    def own_tokenizer(self, config: Config, role: Role) -> Tokenizer | None:
+        """The tokenizer beside a model's weights, or of the run that trained it."""
+        model, run = model_of(config, role), run_of(config, role)
+        if run is not None:
+            trained = load_run_config(run)
+            if trained.tokenizer.kind != "model":
+                return self.tokenizer(trained.tokenizer)
+            return self.own_tokenizer(trained, "student")
+        if model.path is None:
+            return None
+        return self.tokenizer(TokenizerConfig(), self._open(model).tokenizer_path)
+
+    def find(self, config: Config, role: Role, num_tokens: int) -> Found:
+        """Where a model's config and parameters come from.
+
+        Args:
+            num_tokens: vocabulary of a model with random weights.
+        """
+        model, run = model_of(config, role), run_of(config, role)
+        if run is not None:
+            trained = load_run_config(run)
+            inner = self.find(trained, "student", num_tokens)
+            return Found(inner.config, lambda abstract: load_run(run, trained, inner, abstract), inner.source)
+        source = self._open(model) if model.path is not None else open_model(model, num_tokens)
+        load = source.load if source.has_weights else None
+        return Found(source.config, load, source, loads_int8=True)
+
+    def _open(self, model: ModelConfig) -> ModelSource:
+        if model not in self._sources:
+            self._sources[model] = open_model(model)
+        return self._sources[model]
+
+
+def choose_tokenizer(config: Config, finder: Finder, own: dict[Role, Tokenizer | None]) -> Tokenizer:
+    """The run's: the one that the config names, or else the first that a model brings, the student's before
+    the teachers'."""
+    if config.tokenizer.kind != "model":
+        return finder.tokenizer(config.tokenizer)
+    tokenizer = next((t for t in own.values() if t is not None), None)
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer.kind=model takes the tokenizer of a model, but student and teacher have random "
+            "weights; set tokenizer.kind to char, or to file with tokenizer.path"
+        )
+    return tokenizer

@@ -1,0 +1,146 @@
+"""Parameters: their types and places, and how they come there from files, runs or nothing."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kdrl_jax import sharding
+from kdrl_jax.checkpoint import Checkpoints
+from kdrl_jax.config import Config, ModelConfig
+from kdrl_jax.metrics import read_json, write_json
+from kdrl_jax.models import adapters
+from kdrl_jax.models.block import Holding, LoRA
+from kdrl_jax.models.decoder import Model, make_model
+from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.load import ModelSource
+from kdrl_jax.models.quantize import quantize_params
+from kdrl_jax.rollout.sampling import seed_key
+from kdrl_jax.runs import run_of
+from kdrl_jax.types import Params
+
+_BASE = "base.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model that is there, before anything of it is on a device."""
+
+    config: DecoderConfig
+    load: Callable[[Params], Params] | None
+    """Abstract parameters with types and shardings -> parameters; None for random weights."""
+    source: ModelSource
+    """Where the model began, through all runs."""
+    loads_int8: bool = False
+    """Whether `load` itself quantises, tensor by tensor."""
+
+
+def load_params(found: Found, model: Model, mesh: Mesh, dtype: Any, seed: int) -> Params:
+    """The parameters of a model without adapters, in `dtype` or int8, sharded by the rules: from their
+    file or run, or random."""
+    abstract = abstract_params(model, mesh, dtype)
+    if found.load is not None and (found.loads_int8 or not model.holding.int8):
+        return found.load(abstract)
+    plain = abstract_params(make_model(model.config), mesh, dtype)
+    if found.load is not None:
+        params = found.load(plain)
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, plain)
+
+        def init(key: jax.Array) -> Params:
+            return jax.tree.map(lambda x: x.astype(dtype), make_model(model.config).init(key))
+
+        params = jax.jit(init, out_shardings=shardings)(seed_key(seed))
+    return quantize_params(params, abstract) if model.holding.int8 else params
+
+
+def abstract_params(model: Model, mesh: Mesh, dtype: Any) -> Params:
+    """Shapes, types and shardings of a model's parameters: floats in `dtype`, but scales of int8 and
+    adapters in float32."""
+
+    def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct, dims: str) -> jax.ShapeDtypeStruct:
+        keeps = x.dtype == jnp.int8 or str(path[-1].key).endswith(("_scale", "_lora_a", "_lora_b"))
+        place = sharding.sharding(dims, x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if keeps else dtype, sharding=place)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.abstract(), model.dims)
+
+
+def abstract_trainable(student: Model, mesh: Mesh) -> Params:
+    whole = abstract_params(student, mesh, jnp.float32)
+    return whole if student.holding.lora is None else adapters.split(whole)[0]
+
+
+def holding_of(model: ModelConfig) -> Holding:
+    lora = None
+    if model.lora is not None:
+        lora = LoRA(model.lora.rank, model.lora.alpha, model.lora.targets)
+    return Holding(int8=model.weights == "int8", lora=lora)
+
+
+def dtype_of(model: ModelConfig) -> Any:
+    return jnp.dtype(model.compute_dtype)
+
+
+def load_run(run: Path, trained: Config, base: Found, abstract: Params, step: int | None = None) -> Params:
+    """The student of a run's checkpoint (None: the newest), its adapters merged if it has some."""
+    mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+    holding = holding_of(trained.student)
+    if holding.lora is None:
+        return _restore(run, abstract, step)
+    check_base(trained)
+    student = make_model(base.config, dtype_of(trained.student), holding)
+    saved = _restore(run, abstract_trainable(student, mesh), step)
+    # Not in the type it was computed in: what was not trained is given on as it was read.
+    frozen = load_params(base, make_model(base.config), mesh, jnp.float32, trained.seed)
+    whole = adapters.overlay(frozen, saved)
+    del frozen  # `merge` takes the leaves out of the only tree that holds them
+    return adapters.merge(whole, holding.lora, jax.tree.leaves(abstract)[0].dtype)
+
+
+def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:
+    checkpoints = Checkpoints(run)
+    try:
+        return checkpoints.restore_params(abstract, step)
+    finally:
+        checkpoints.close()
+
+
+def _base_step(config: Config) -> int | None:
+    """The checkpoint of another run that adapters are trained on; None where they are not."""
+    run = run_of(config, "student")
+    if config.student.lora is None or run is None:
+        return None
+    checkpoints = Checkpoints(run)
+    try:
+        return checkpoints.latest_step
+    finally:
+        checkpoints.close()
+
+
+def record_base(config: Config) -> None:
+    """Writes down which checkpoint a run's adapters are trained on, once."""
+    file, step = Path(config.run_dir) / _BASE, _base_step(config)
+    if step is not None and not file.exists():
+        write_json(file, {"run": str(run_of(config, "student")), "step": step})
+
+
+def check_base(config: Config) -> None:
+    """Adapters mean nothing on other weights than those they were trained on.
+
+    Raises:
+        ValueError: the run they came from has been trained further.
+    """
+    file = Path(config.run_dir) / _BASE
+    if not file.exists():
+        return
+    began, now = read_json(file), _base_step(config)
+    if began["step"] != now:
+        raise ValueError(
+            f"{config.run_dir}: its adapters were trained on step {began['step']} of {began['run']}, which "
+            f"is at step {now} now; put that checkpoint back, or train new adapters in another log.dir"
+        )

@@ -1,0 +1,210 @@
+"""A config to all that a run works with: mesh, tokenizer, models, optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from kdrl_jax import sharding
+from kdrl_jax.config import Config
+from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.models import adapters
+from kdrl_jax.models.block import Holding
+from kdrl_jax.models.decoder import FrozenModel, Model, make_model
+from kdrl_jax.optim import make_optimizer, opt_state_shardings
+from kdrl_jax.pairing import Side, compare
+from kdrl_jax.rollout.engine import Engine, EngineSettings
+from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.runs import model_of, roles
+from kdrl_jax.scoring import HeadSettings
+from kdrl_jax.setup.finder import Finder, Found, choose_tokenizer
+from kdrl_jax.setup.parameters import (
+    abstract_trainable,
+    check_base,
+    dtype_of,
+    holding_of,
+    load_params,
+)
+from kdrl_jax.types import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the commands work with."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    student: Model
+    teachers: dict[str, FrozenModel]
+    """By role, in the config's order."""
+    reference: FrozenModel | None
+    """What the student is compared with; None unless a term asks for it."""
+    optimizer: optax.GradientTransformation
+    frozen: Params
+    """What of the student is not trained: all but its adapters with LoRA, else nothing."""
+    init_trainable: Callable[[], Params]
+    """What of the student is trained, as the config starts it (float32 master weights)."""
+    num_tokens: int
+    """Ids that are sampled and scored; see `pairing.Pairing`."""
+    notes: tuple[str, ...]
+    """What the comparison of the models found worth knowing, a line each."""
+
+    def student_params(self, trainable: Params) -> Params:
+        """All of the student's parameters."""
+        return adapters.overlay(self.frozen, trainable)
+
+    @property
+    def teacher(self) -> FrozenModel | None:
+        """The teacher, if there is just one."""
+        return next(iter(self.teachers.values())) if len(self.teachers) == 1 else None
+
+    @property
+    def head(self) -> HeadSettings:
+        c = self.config
+        return HeadSettings(
+            num_tokens=self.num_tokens,
+            chunk=c.train.head_chunk,
+            max_new_tokens=c.rollout.max_new_tokens,
+        )
+
+    def engine(self, model: Model, num_prompts: int, group_size: int, sampler: SamplerSettings) -> Engine:
+        """A sampling engine with this run's lengths and tokenizer."""
+        c, t = self.config, self.tokenizer
+        settings = EngineSettings(
+            num_prompts=num_prompts,
+            group_size=group_size,
+            max_prompt_tokens=c.data.max_prompt_tokens,
+            max_new_tokens=c.rollout.max_new_tokens,
+            num_tokens=self.num_tokens,
+            end_ids=t.end_ids,
+            pad_id=t.pad_id,
+            decode_chunk=c.rollout.decode_chunk,
+            sampler=sampler,
+        )
+        return Engine(model, settings, self.mesh)
+
+    def init_state(self) -> TrainState:
+        """Step 0: the student's first parameters and empty moments, each on its devices."""
+        params = self.init_trainable()
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
+        zero = [jax.device_put(np.zeros((), np.int32), shardings.step) for _ in range(3)]
+        return TrainState(zero[0], params, opt_state, zero[1], zero[2])
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state; nothing is loaded."""
+        params = abstract_trainable(self.student, self.mesh)
+        everywhere = sharding.replicated(self.mesh)
+        shardings = opt_state_shardings(
+            self.optimizer, params, jax.tree.map(lambda x: x.sharding, params), everywhere
+        )
+        opt_state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(self.optimizer.init, params),
+            shardings,
+        )
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        return TrainState(count, params, opt_state, count, count)  # type: ignore[arg-type]
+
+
+def make_setup(config: Config) -> Setup:
+    """Finds, checks and loads everything a config names; nothing is written.
+
+    Raises:
+        ValueError, FileNotFoundError: one line naming what does not fit and what to do.
+    """
+    mesh = check_mesh(config)
+    finder = Finder()
+    tokenizer_of = {role: finder.own_tokenizer(config, role) for role in roles(config)}
+    tokenizer = choose_tokenizer(config, finder, tokenizer_of)
+    found = {role: finder.find(config, role, tokenizer.vocab_size) for role in roles(config)}
+    pairing = compare(
+        tokenizer,
+        [Side(role, found[role].config, own) for role, own in tokenizer_of.items()],
+        same_end=config.kd.end_token,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        prompt_template=config.data.prompt_template,
+        chat=config.tokenizer.chat_template,
+    ).require()
+    # Nothing of any model is read, or on a device, before here.
+    student = make_model(found["student"].config, dtype_of(config.student), holding_of(config.student))
+    frozen, init_trainable = _prepare_student(config, found["student"], student, mesh)
+    # With several frozen models, only the one at work is on the devices.
+    extra = config.reference is not None or (config.uses_reference and not frozen)
+    several = len(config.all_teachers) + extra > 1
+    park = several if config.train.park_frozen == "auto" else config.train.park_frozen == "always"
+    teachers = {role: _load_frozen(config, found[role], role, mesh, park) for role in config.all_teachers}
+    reference = None
+    if config.reference is not None:
+        reference = _load_frozen(config, found["reference"], "reference", mesh, park)
+    elif config.uses_reference and frozen:
+        # Without its adapters, the student is what it was.
+        reference = FrozenModel(make_model(student.config, dtype_of(config.student)), frozen)
+    elif config.uses_reference:
+        reference = _load_frozen(config, found["student"], "student", mesh, park)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        student=student,
+        teachers=teachers,
+        reference=reference,
+        optimizer=make_optimizer(config.optimizer),
+        frozen=frozen,
+        init_trainable=init_trainable,
+        num_tokens=pairing.num_tokens,
+        notes=pairing.notes,
+    )
+
+
+def _load_frozen(config: Config, found: Found, role: str, mesh: Mesh, park: bool) -> FrozenModel:
+    """A model that is never trained, in its compute type."""
+    described = model_of(config, role)
+    model = make_model(found.config, dtype_of(described), Holding(int8=described.weights == "int8"))
+    loaded = FrozenModel(model, load_params(found, model, mesh, dtype_of(described), config.seed))
+    return loaded.parked() if park else loaded
+
+
+def _prepare_student(
+    config: Config, found: Found, student: Model, mesh: Mesh
+) -> tuple[Params, Callable[[], Params]]:
+    """(what is not trained, how what is trained begins)."""
+    check_base(config)
+    if student.holding.lora is None:
+        return {}, lambda: load_params(found, student, mesh, jnp.float32, config.seed)
+    frozen = load_params(found, make_model(student.config), mesh, dtype_of(config.student), config.seed)
+    abstract = abstract_trainable(student, mesh)
+
+    def init(key: jax.Array) -> Params:
+        return adapters.split(student.init(key))[0]
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return frozen, lambda: jax.jit(init, out_shardings=shardings)(seed_key(config.seed))
+
+
+def check_mesh(config: Config) -> Mesh:
+    """The mesh, if the config's row counts divide over it.
+
+    Raises:
+        ValueError: naming the count that does not.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.batch_shards(mesh)
+    rows = config.train.prompts_per_iteration * config.rollout.group_size // config.train.num_minibatches
+    counts = {
+        "train.prompts_per_iteration": config.train.prompts_per_iteration,
+        "rows of a minibatch": rows,
+        "train.microbatch_rows": config.train.microbatch_rows or rows,
+    }
+    for name, count in counts.items():
+        if count % shards:
+            raise ValueError(
+                f"{name}={count} does not divide over {shards} devices (data x fsdp); make it a multiple, "
+                "or give devices to mesh.tensor"
+            )
+    return mesh

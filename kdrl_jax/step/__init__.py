@@ -1,0 +1,8 @@
+"""The optimizer step: `terms` per token, the loss of rows (`objective`), the compiled `update`, and the
+gradients of its terms apart (`diagnostics`)."""
+
+from kdrl_jax.step.diagnostics import make_diagnostics
+from kdrl_jax.step.objective import Objective
+from kdrl_jax.step.update import make_update
+
+__all__ = ["Objective", "make_diagnostics", "make_update"]

@@ -1,0 +1,76 @@
+"""The compiled update: one minibatch in, one optimizer step out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kdrl_jax.models.adapters import overlay
+from kdrl_jax.objective.policy import effective_sample_share
+from kdrl_jax.optim import make_schedule
+from kdrl_jax.step.objective import Heads, Objective, accumulate, num_microbatches
+from kdrl_jax.step.terms import TokenInputs, finish_means
+from kdrl_jax.types import Metrics, Params, TrainBatch, TrainState
+
+
+def make_update(
+    objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Params, TrainBatch, Heads], tuple[TrainState, Metrics]]:
+    """The update as a pure function of (state, frozen parameters, batch, teachers' heads); compile it with
+    the state donated. The student is the state's parameters over the frozen ones, of which there are none
+    without adapters.
+
+    A gradient that is not finite changes nothing but the counters: the step is taken for schedules,
+    parameters and moments stay as they are.
+    """
+    config, terms = objective.config, objective.terms
+    learning_rate = make_schedule(config.optimizer.learning_rate)
+
+    def update(
+        state: TrainState, frozen: Params, batch: TrainBatch, heads: Heads
+    ) -> tuple[TrainState, Metrics]:
+        at = terms.scalars(state.step)
+
+        def part(rows: TrainBatch, inputs: TokenInputs) -> Any:
+            def loss(params: Params) -> tuple[jax.Array, Metrics]:
+                return objective.loss(overlay(frozen, params), rows, inputs, at, heads)
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
+
+        parts = (batch, terms.inputs(batch, objective.head))
+        (loss, sums), grads = accumulate(part, parts, num_microbatches(config, batch))
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        lr = learning_rate(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        new = TrainState(state.step + 1, params, opt_state, skipped, state.skipped_total + ~finite)
+        metrics = finish(sums) | {f"{t}/coef": at.coefs.get(t, jnp.zeros(())) for t in terms.schedules}
+        if {"rl/clip_low_frac", "rl/clip_high_frac"} & metrics.keys():
+            metrics |= {"rl/clip_low": at.clip_low, "rl/clip_high": at.clip_high}
+        metrics |= {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": jnp.asarray(lr),
+            "skipped_updates": new.skipped_total,
+            "skipped_in_a_row": new.skipped,
+        }
+        return new, metrics
+
+    return update
+
+
+def finish(sums: Metrics) -> Metrics:
+    """What is no sum over tokens, from what is."""
+    metrics = finish_means(sums)
+    if "ratio/mean_square" in metrics:
+        metrics["ratio/ess"] = effective_sample_share(metrics["ratio/mean"], metrics.pop("ratio/mean_square"))
+    return metrics
