@@ -77,9 +77,7 @@ def products_gradient(
     return in_states.astype(hidden.dtype), in_kernel
 
 
-def temper(
-    products: jax.Array, head: Head, *, num_tokens: int, temperature: jax.Array | float
-) -> jax.Array:
+def temper(products: jax.Array, head: Head, *, num_tokens: int, temperature: jax.Array | float) -> jax.Array:
     """What follows the product on the way to `head_logits`: scale, softcap, temperature, padding."""
     logits = products if head.scale_V is None else products * head.scale_V
     logits = soft_cap(logits, head.softcap)
