@@ -88,6 +88,7 @@ def lower_update(model: Model, mesh: Mesh) -> Any:
         segment_ids_BT=None,
         temperature_B=array(ROWS),
         completion_mask_BT=mask,
+        rl_rows_B=array(ROWS, dtype=bool),
         rl_mask_BT=mask,
         kd_mask_BT=mask,
         kd_scale_BT=None,
