@@ -24,8 +24,10 @@ from kdrl_jax.models.decoder import Model, make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.rope import Rope
 from kdrl_jax.optim import make_optimizer
-from kdrl_jax.rollout.engine import Engine, EngineSettings
+from kdrl_jax.rollout.decode import Call
+from kdrl_jax.rollout.engine import Programs
 from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.rollout.settings import EngineSettings
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.setup import abstract_params
 from kdrl_jax.sharding import make_mesh
@@ -116,13 +118,13 @@ def lower_decode(model: Model, mesh: Mesh) -> Any:
         decode_chunk=64,
         sampler=SamplerSettings(),
     )
-    engine = Engine(model, settings, mesh)
+    programs = Programs(model, settings, mesh, ROWS)
     params = abstract_params(model, mesh, jnp.float32)
     prompts = array(2, LENGTH - NEW, dtype=jnp.int32), array(2, dtype=jnp.int32), array(2, dtype=jnp.int32)
+    call = Call(jax.random.key(0), array(), array(dtype=jnp.int32))
     with jax.set_mesh(mesh):
-        temperature = array()
-        carry = jax.eval_shape(engine._start, params, *prompts, jax.random.key(0), temperature)
-        return engine._chunk.lower(params, carry, temperature)
+        carry = jax.eval_shape(programs.start, params, *prompts)
+        return programs.chunk.lower(params, carry, call)
 
 
 def cpu_seconds(fn: Callable[[], Any]) -> tuple[float, Any]:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdrl_jax.config import Config
+from kdrl_jax.config import Config, EvalConfig
 from kdrl_jax.data.prompts import load_eval_prompts
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.metrics import repeated_ngram_frac
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine, Stopped
+from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.scoring import HeadSettings, TeacherSide, predictors, score_predictors, window
 from kdrl_jax.sharding import batch_shards
@@ -40,12 +41,11 @@ def take(prompts: Prompts, rows: np.ndarray) -> Prompts:
     )
 
 
-def completion_ids(rollouts: Rollouts) -> list[np.ndarray]:
-    """Each row's completion tokens, on the host."""
-    tokens, starts, lengths = (
-        np.asarray(x) for x in (rollouts.tokens_BT, rollouts.prompt_lengths_B, rollouts.completion_lengths_B)
+def eval_sampler(config: EvalConfig, *, greedy: bool) -> SamplerSettings:
+    """How answers are drawn that are not trained on."""
+    return SamplerSettings(
+        greedy=greedy, top_k=config.top_k, top_p=config.top_p, min_new_tokens=config.min_new_tokens
     )
-    return [tokens[i, starts[i] : starts[i] + lengths[i]] for i in range(len(tokens))]
 
 
 class Evaluator:
@@ -165,7 +165,7 @@ class Evaluator:
             fits = min(max(self._rows // num_samples, 1), total)
             shards = batch_shards(self._mesh)
             num = -(-fits // shards) * shards
-            sampler = SamplerSettings(greedy=greedy, top_k=c.eval.top_k, top_p=c.eval.top_p)
+            sampler = eval_sampler(c.eval, greedy=greedy)
             self._engines[key] = self._make_engine(model, num, num_samples, sampler)
         return self._engines[key]
 
@@ -191,6 +191,12 @@ class Evaluator:
                 key,
                 temperature=self._config.eval.temperature,
                 should_stop=should_stop,
+            )
+            rollouts = cut_at_stops(
+                rollouts,
+                self._tokenizer.decode,
+                self._config.rollout.stop,
+                pad_id=self._tokenizer.pad_id,
             )
             yield rollouts, take(self.prompts, rows)
             if on_step is not None:

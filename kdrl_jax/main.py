@@ -223,8 +223,17 @@ def run_export(config: Config, options: ExportOptions, is_run: bool) -> None:
     export(config, options, Console(), is_run=is_run)
 
 
+def _take_cpu_apart(config: Config) -> None:
+    """Before JAX starts its devices, which are then what they are."""
+    if config.mesh.cpu_devices is not None:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
+
 def _run(call: Invocation) -> int:
     config, is_run = load(call)
+    _take_cpu_apart(config)
     if call.options is not None:
         end_on_signals()
         if isinstance(call.options, SampleOptions):

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from kdrl_jax.types import Metrics
@@ -118,10 +120,29 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+class Compiles:
+    """Counts the programs that are compiled in this process, from when it is made."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def take(self) -> int:
+        """How many since this was last asked."""
+        count, self._count = self._count, 0
+        return count
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+
 @dataclasses.dataclass
 class Clock:
-    """Wall-clock seconds of an iteration's stages, as the host waits for them. Diagnostics are no part of
-    the throughput."""
+    """Wall-clock seconds of an iteration's stages, as the host waits for them; what is not waited for is
+    `_hidden`. Diagnostics are no part of the throughput."""
 
     laps: dict[str, float] = dataclasses.field(default_factory=dict)
     _last: float = dataclasses.field(default_factory=time.monotonic)
@@ -131,7 +152,22 @@ class Clock:
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
 
+    def in_background(self, name: str, work: Future[Any] | None) -> Callable[[], None]:
+        """Watches work that begins now; the function returned is called when the host begins to wait for
+        it, and counts the seconds in which it ran until then."""
+        if work is None:
+            return lambda: None
+        start, ends = time.monotonic(), [math.inf]
+        work.add_done_callback(lambda _: ends.__setitem__(0, time.monotonic()))
+
+        def waits() -> None:
+            self.laps[name] = self.laps.get(name, 0.0) + min(ends[0], time.monotonic()) - start
+
+        return waits
+
     def summary(self, num_tokens: int) -> Metrics:
         """The laps, and completion tokens per second over all of them."""
-        seconds = sum(v for k, v in self.laps.items() if k != "time/diagnostics")
+        seconds = sum(
+            v for k, v in self.laps.items() if k != "time/diagnostics" and not k.endswith("_hidden")
+        )
         return self.laps | {"tokens_per_second": num_tokens / max(seconds, 1e-9)}

@@ -13,6 +13,7 @@ from kdrl_jax.config import Config
 from kdrl_jax.metrics import completion_metrics, reward_metrics
 from kdrl_jax.objective.advantages import has_signal, overlong_penalty
 from kdrl_jax.rewards.pool import Scored, is_correct, total
+from kdrl_jax.rollout.finish import finish_reason
 from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.types import FrozenScores, Metrics, Prompts, Rollouts
 
@@ -33,6 +34,10 @@ class Round:
     """float32: verifier and shaping; 0 for completions of a dataset."""
     correct_B: np.ndarray
     """bool: the verifier's verdict."""
+    max_new_tokens: int
+    """Tokens that a completion could have."""
+    idle_frac: float | None
+    """Share of slots' steps without a row; None where nothing was sampled."""
 
     def total_rewards(self, config: Config) -> np.ndarray:
         """float32 [B]: the rewards, less what comes off for length."""
@@ -40,7 +45,7 @@ class Round:
         if not r.overlong_buffer:
             return self.rewards_B
         lengths = jnp.asarray([len(row) for row in self.ids])
-        overlong = overlong_penalty(lengths, config.rollout.max_new_tokens, r.overlong_buffer)
+        overlong = overlong_penalty(lengths, self.max_new_tokens, r.overlong_buffer)
         return self.rewards_B + r.overlong_penalty * np.asarray(overlong, np.float32)
 
 
@@ -137,6 +142,9 @@ def round_metrics(config: Config, rounds: Sequence[Round]) -> Metrics:
     ids = [row for r in rounds for row in r.ids]
     ended = np.concatenate([np.asarray(r.rollouts.ended_B) for r in rounds])
     out = completion_metrics(ids, ended)
+    idle = [r.idle_frac for r in rounds if r.idle_frac is not None]
+    if idle:
+        out["rollout/idle_slot_frac"] = float(np.mean(idle))
     if rounds[0].scored is not None:
         errors = sum(s.error is not None for r in rounds for s in r.scored or ())
         rewards, correct = _verdicts_of(config, rounds)
@@ -146,7 +154,7 @@ def round_metrics(config: Config, rounds: Sequence[Round]) -> Metrics:
     return out
 
 
-def sample_rows(config: Config, sampled: Round, step: int) -> list[dict[str, Any]]:
+def sample_rows(config: Config, sampled: Round, step: int, end_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The first completions of a round, as readable records."""
     assert sampled.scored is not None
     group_size, rewards = config.rollout.group_size, sampled.total_rewards(config)
@@ -162,7 +170,7 @@ def sample_rows(config: Config, sampled: Round, step: int) -> list[dict[str, Any
             "reward": float(rewards[i]),
             "scores": sampled.scored[i].scores,
             "error": sampled.scored[i].error,
-            "ended": bool(ended[i]),
+            "finish": finish_reason(sampled.ids[i].tolist(), bool(ended[i]), end_ids),
         }
         for i in range(min(config.log.rollouts_rows, len(sampled.texts)))
     ]

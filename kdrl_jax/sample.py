@@ -9,9 +9,12 @@ import numpy as np
 from kdrl_jax.config import Config, SampleOptions
 from kdrl_jax.data.chat import render_prompt
 from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.evaluate import eval_sampler
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.rollout.engine import Chunk, Engine, EngineSettings
-from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.rollout.engine import Chunk, Engine
+from kdrl_jax.rollout.finish import finish_reason, stop_length
+from kdrl_jax.rollout.sampling import seed_key
+from kdrl_jax.rollout.settings import EngineSettings, cache_type
 from kdrl_jax.setup import SingleModel, make_single
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Prompts
@@ -20,6 +23,11 @@ from kdrl_jax.types import Prompts
 _CHUNK = 4
 # Prompts of about the same length share a compiled program.
 _WIDTH = 64
+_REASONS = {
+    "end": "ended by its end token",
+    "stop": "ended by a text of rollout.stop",
+    "length": "cut at rollout.max_new_tokens",
+}
 
 
 def sample(
@@ -67,10 +75,16 @@ def sample(
     for chunk in engine.stream(params, prompts, key, temperature=temperature):
         completion = _completion(chunk, len(ids))
         timer.count(len(completion))
-        out.write(text.feed(completion, is_last=chunk.num_running == 0))
+        stopped = stop_length(completion, single.tokenizer.decode, config.rollout.stop)
+        completion = completion[:stopped]
+        is_last = chunk.num_running == 0 or stopped is not None
+        out.write(text.feed(completion, is_last=is_last))
         out.flush()
-    ended = completion[-1] in single.tokenizer.end_ids
-    why = "ended by its end token" if ended else "cut at rollout.max_new_tokens"
+        if is_last:
+            break
+    end_ids = single.tokenizer.end_ids
+    ended = stopped is not None or completion[-1] in end_ids
+    why = _REASONS[finish_reason(completion, ended, end_ids)]
     # On a terminal the completion's last line is still open.
     start = "\n" if out.isatty() else ""
     err.write(f"{start}{len(completion)} tokens, {why}, {timer}\n")
@@ -128,7 +142,10 @@ def make_engine(config: Config, options: SampleOptions, single: SingleModel, num
         end_ids=tokenizer.end_ids,
         pad_id=tokenizer.pad_id,
         decode_chunk=_CHUNK,
-        sampler=SamplerSettings(greedy=options.greedy, top_k=config.eval.top_k, top_p=config.eval.top_p),
+        sampler=eval_sampler(config.eval, greedy=options.greedy),
+        slots=1,
+        cache_dtype=cache_type(config.rollout.cache_dtype, single.model.compute_dtype, single.mesh),
+        attention=config.rollout.attention,
     )
     return Engine(single.model, settings, single.mesh)
 

@@ -5,7 +5,7 @@ The mesh is Auto: the compiler propagates shardings between the constraints give
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -14,9 +14,14 @@ from kdrl_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "B": ("data", "fsdp"),  # rows: every device of these axes works on its own
-    "P": ("data", "fsdp"),
+ROWS = ("data", "fsdp")
+"""Axes over which rows lie."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    "B": ROWS,  # every device of these axes works on its own
+    "P": ROWS,
     "V": "tensor",
     "N": "tensor",
     "K": "tensor",
@@ -29,6 +34,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "T": None,
     "S": None,
 }
+
+DECODE_RULES = {**RULES, "D": None}
+"""Of parameters that sample: whole on each device of `data` and `fsdp`, which then step on their own."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -53,22 +61,22 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec(dims: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def spec(dims: str, shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> PartitionSpec:
     """The partition of a tensor: a dimension that its axis does not divide stays whole."""
     letters = dims.split()
     if len(letters) != len(shape):
         raise ValueError(f"dims {dims!r} do not describe shape {tuple(shape)}")
     entries: list[str | tuple[str, ...] | None] = []
     for letter, size in zip(letters, shape, strict=True):
-        axis = RULES[letter]
+        axis = rules[letter]
         names = (axis,) if isinstance(axis, str) else (axis or ())
         parts = math.prod(mesh.shape[n] for n in names)
         entries.append(axis if size % parts == 0 else None)
     return PartitionSpec(*entries)
 
 
-def sharding(dims: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, spec(dims, shape, mesh))
+def sharding(dims: str, shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    return NamedSharding(mesh, spec(dims, shape, mesh, rules))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,7 +85,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def rows(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`; the rest whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:

@@ -22,15 +22,16 @@ from rich.console import Console
 from kdrl_jax.batch import make_batch_builder, split
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, save_config
-from kdrl_jax.config.schedules import is_zero
+from kdrl_jax.config.schedules import constant, is_zero
 from kdrl_jax.data.prompts import PromptStream, encode_completion, open_prompts
-from kdrl_jax.evaluate import Evaluator, Results, completion_ids
+from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.frozen import FrozenScorer
-from kdrl_jax.metrics import Clock, MetricsWriter, write_json, write_jsonl
+from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
 from kdrl_jax.optim import make_schedule
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool, Scored
-from kdrl_jax.rollout.engine import Stopped
+from kdrl_jax.rollout.engine import Chunk, Stopped
+from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.rounds import Chosen, Round, choose, round_metrics, sample_rows, verdicts, wants_another
@@ -115,6 +116,7 @@ class _Run:
                 pool=self.pool,
             )
         self.temperature = make_schedule(c.rollout.temperature)
+        self.length_limit = make_schedule(c.rollout.length_limit or constant(c.rollout.max_new_tokens))
         sampled = setup.student
         if c.rollout.source == "teacher":
             assert setup.teacher is not None
@@ -131,6 +133,7 @@ class _Run:
         record_base(c)
         self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
         self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
+        self.compiles = Compiles()
 
     def _open_data(self) -> PromptStream:
         c = self.config
@@ -180,6 +183,7 @@ class _Run:
 
     def __exit__(self, *error: Any) -> None:
         self.reporter.__exit__(*error)
+        self.compiles.close()
         self.writer.close()
         self.pool.close()
         self.checkpoints.close()
@@ -249,28 +253,32 @@ class _Run:
             # Time and throughput belong to the iteration; they are written with its last step.
             last = number == c.train.updates_per_iteration - 1
             num_tokens = sum(len(ids) for r in rounds for ids in r.ids)
-            self.write(metrics | shared | (clock.summary(num_tokens) if last else {}))
+            of_iteration = clock.summary(num_tokens) | {"time/compiles": self.compiles.take()} if last else {}
+            self.write(metrics | shared | of_iteration)
         self.write_rollouts(rounds[0])
 
     def round(self, temperature: float, clock: Clock) -> Round:
         """Draws questions, samples, scores and verifies."""
         prompts = next(self.data)
-        rollouts = self.rollouts(prompts, temperature)
+        limit = round(float(self.length_limit(int(self.state.step))))
+        rollouts, idle_frac = self.rollouts(prompts, temperature, limit)
         jax.block_until_ready(rollouts)
         clock.lap("time/rollout")
         ids = completion_ids(rollouts)
         texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
-        # Workers verify while the devices score; the host waits for the workers first.
+        # Workers verify while the devices score; what they need beyond that is waited for.
         pending = self.submit(prompts, texts)
+        verified = clock.in_background("time/reward_hidden", pending)
         group_size = self.config.rollout.group_size
         teachers = [self.data.teacher_of[s] for s in prompts.sources for _ in range(group_size)]
         frozen = self.scorer(rollouts, temperature, teachers)
-        clock.lap("time/teacher")
-        scored = self.collect(pending)
-        clock.lap("time/reward")
         jax.block_until_ready(frozen)
         clock.lap("time/teacher")
-        return Round(prompts, rollouts, ids, texts, frozen, scored, *verdicts(self.config, scored, len(ids)))
+        verified()
+        scored = self.collect(pending)
+        clock.lap("time/reward")
+        rewards, correct = verdicts(self.config, scored, len(ids))
+        return Round(prompts, rollouts, ids, texts, frozen, scored, rewards, correct, limit, idle_frac)
 
     def batch(self, chosen: Chosen, temperature: float) -> TrainBatch:
         """What the updates of this iteration are made from."""
@@ -296,11 +304,12 @@ class _Run:
         """All of the student, frozen parts included."""
         return self.setup.student_params(self.state.params)
 
-    def rollouts(self, prompts: Prompts, temperature: float) -> Rollouts:
+    def rollouts(self, prompts: Prompts, temperature: float, limit: int) -> tuple[Rollouts, float | None]:
+        """Completions of at most `limit` tokens; and `Round.idle_frac`."""
         c, t = self.config, self.setup.tokenizer
         if self.from_dataset:
             given = [encode_completion(t, text or "") for text in prompts.completions]
-            return from_completions(
+            imitated = from_completions(
                 prompts,
                 given,
                 max_new_tokens=c.rollout.max_new_tokens,
@@ -308,21 +317,29 @@ class _Run:
                 pad_id=t.pad_id,
                 mesh=self.setup.mesh,
             )
+            return imitated, None
         params = self.student_params
         if c.rollout.source == "teacher":
             assert self.setup.teacher is not None
             params = self.setup.teacher.on_device()
+        idle_frac = 0.0
+
+        def on_chunk(chunk: Chunk) -> None:
+            nonlocal idle_frac
+            idle_frac = chunk.idle_frac
+            self.reporter.stage(f"sampling: {chunk.num_tokens} tokens, {chunk.num_running} rows to go")
+
         self.reporter.stage("sampling")
-        return self.engine.generate(
+        rollouts = self.engine.generate(
             params,
             prompts,
             jax.random.fold_in(seed_key(c.seed), int(self.state.step)),
             temperature=temperature,
-            on_chunk=lambda tokens, running: self.reporter.stage(
-                f"sampling: {tokens} tokens, {running} rows running"
-            ),
+            max_new_tokens=limit,
+            on_chunk=on_chunk,
             should_stop=self.should_stop,
         )
+        return cut_at_stops(rollouts, t.decode, c.rollout.stop, pad_id=t.pad_id), idle_frac
 
     def submit(self, prompts: Prompts, texts: list[str]) -> Future[list[Scored]] | None:
         """Hands the completions to the worker processes; None for those of a dataset."""
@@ -393,7 +410,7 @@ class _Run:
         last = step >= c.train.num_steps
         if sampled.scored is None or not every or not (last or _crossed(first, step, every) or first == 0):
             return
-        rows = sample_rows(c, sampled, first)
+        rows = sample_rows(c, sampled, first, self.setup.tokenizer.end_ids)
         write_jsonl(self.run_dir / "rollouts" / f"step_{first:06d}.jsonl", rows)
 
     def evaluate_if_due(self, step: int) -> None:

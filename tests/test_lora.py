@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import plain_cache
 import pytest
 import yaml
 from make_golden import GOLDEN
@@ -83,9 +84,8 @@ def program(config, holding, prompt):
         if prompt is None:
             return logits(decoder, decoder.hidden(tokens))
         rows = len(tokens)
-        last, cache = decoder.prefill(tokens[:, :prompt], jnp.full(rows, prompt))
-        cache = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, 1), (0, 0)]) for x in cache)
-        after, _ = decoder.decode(tokens[:, prompt], jnp.full(rows, prompt), cache)
+        last, cache = plain_cache.prefill(decoder, tokens[:, :prompt], jnp.full(rows, prompt), prompt + 1)
+        after, _ = plain_cache.decode(decoder, tokens[:, prompt], jnp.full(rows, prompt), cache)
         return logits(decoder, jnp.stack([last, after], axis=1))
 
     return compute

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_cache
 import pytest
 from make_golden import CHECKPOINTS, GOLDEN, hf_logits, hf_model, random_rows, save_random
 from safetensors.numpy import save_file
@@ -69,13 +70,12 @@ class Compiled:
 
         def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, room: int) -> Any:
             decoder = model.bind(params)
-            last, cache = decoder.prefill(tokens, lengths)
-            widths = [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]
-            return logits_of(decoder, last), tuple(jnp.pad(x, widths) for x in cache)
+            last, cache = plain_cache.prefill(decoder, tokens, lengths, tokens.shape[1] + room)
+            return logits_of(decoder, last), cache
 
         def decode(params: Params, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
             decoder = model.bind(params)
-            hidden, cache = decoder.decode(tokens, positions, cache)
+            hidden, cache = plain_cache.decode(decoder, tokens, positions, cache)
             return logits_of(decoder, hidden), cache
 
         self.at_once = jax.jit(at_once)

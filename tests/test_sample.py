@@ -25,8 +25,9 @@ from kdrl_jax.data.tokenizer_metadata import TokenizerMetadata
 from kdrl_jax.main import main
 from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.models.head import head_logits
-from kdrl_jax.rollout.engine import Engine, EngineSettings
+from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.rollout.settings import EngineSettings
 from kdrl_jax.sample import TextStream, make_engine
 from kdrl_jax.setup import make_setup, make_single
 from kdrl_jax.types import Prompts

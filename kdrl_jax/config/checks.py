@@ -96,6 +96,12 @@ def _check_unread(c: "Config") -> None:
             f"rollout.importance_cap={c.rollout.importance_cap} weighs terms at sampled tokens: there are "
             "none"
         )
+    if c.rollout.source == "dataset":
+        fields = type(c.rollout).model_fields
+        for name in ("length_limit", "stop", "slots_per_device", "cache_dtype", "attention"):
+            value = getattr(c.rollout, name)
+            if value != fields[name].default and not c.data.eval:
+                raise ValueError(f"rollout.{name}={value}, but rollout.source=dataset samples nothing")
     if c.reward.overlong_buffer and not rl:
         raise ValueError(f"reward.overlong_buffer={c.reward.overlong_buffer} is a reward, but rl.coef is 0")
     if any(s.teacher for s in c.data.eval):
@@ -181,6 +187,21 @@ def _check_ranges(c: "Config") -> None:
 
 
 def _check_counts(c: "Config") -> None:
+    r = c.rollout
+    if r.length_limit is not None and (
+        bounds(r.length_limit)[0] < 1 or bounds(r.length_limit)[1] > r.max_new_tokens
+    ):
+        low, high = bounds(r.length_limit)
+        raise ValueError(
+            f"rollout.length_limit goes from {low:g} to {high:g}, but must stay between 1 and "
+            f"rollout.max_new_tokens={r.max_new_tokens}"
+        )
+    if any(not text for text in r.stop):
+        raise ValueError("rollout.stop holds an empty text, which every completion begins with")
+    if c.eval.min_new_tokens > r.max_new_tokens:
+        raise ValueError(
+            f"eval.min_new_tokens={c.eval.min_new_tokens} is above rollout.max_new_tokens={r.max_new_tokens}"
+        )
     if c.reward.overlong_buffer > c.rollout.max_new_tokens:
         raise ValueError(
             f"reward.overlong_buffer={c.reward.overlong_buffer} is above "

@@ -21,6 +21,12 @@ class RolloutConfig(Section):
     group_size: Positive = 8
     """Completions per prompt (G); 1 with `dataset`."""
     max_new_tokens: Positive = 128
+    """Tokens that a completion may have; what is compiled has room for so many."""
+    length_limit: Schedule | None = None
+    """Tokens that a completion may have at a step, from 1 to max_new_tokens: a curriculum of length, or
+    null for max_new_tokens always. Changes speed and what counts as truncated."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion beside the tokenizer's end tokens; what follows is cut off on the host."""
     temperature: Schedule = constant(1.0)
     """Divides the logits of sampler, student and teacher alike, so that all mean one policy.
     Training samples the full distribution; top-k and top-p exist for evaluation only."""
@@ -29,6 +35,16 @@ class RolloutConfig(Section):
     cap), which undoes what separates the sampler's arithmetic from the trainer's."""
     decode_chunk: Positive = 64
     """Decode steps between two words with the host (progress, a request to stop)."""
+    slots_per_device: Positive | None = None
+    """Completions sampled at once on each device (of `tensor`: on each group of devices); a slot that is
+    done takes the next. null: as many as there are rows and room; on a CPU at most 32 in all."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """How keys and values are held while sampling. auto: bfloat16 on accelerators, the model's
+    compute_dtype on CPUs. int8 (with a scale per key and value) takes half of bfloat16's memory; what it
+    changes shows in `sampler/logprob_gap`, and importance_cap corrects for it."""
+    attention: Literal["auto", "windows", "kernel"] = "auto"
+    """How sampling reads keys and values: `windows` in plain XLA; `kernel` by a TPU kernel, which elsewhere
+    is interpreted, slowly. auto: the kernel on TPUs."""
 
 
 class RewardConfig(Section):
@@ -93,6 +109,10 @@ class MeshConfig(Section):
     data: Int = 1
     fsdp: Int = -1
     tensor: Int = 1
+    cpu_devices: Positive | None = None
+    """Devices that a CPU is taken apart into, one per core at most: each samples and trains on its own rows,
+    which uses the cores better than products shared between them (sampling on two cores: 1.4 times as
+    fast, `benchmarks/rollout.py`). null: what JAX makes of it, one. Nothing to TPUs and GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
@@ -120,6 +140,9 @@ class EvalConfig(Section):
     """Keep the k most likely tokens (0: all)."""
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens with this much probability, within the top 256."""
+    min_new_tokens: Count = 0
+    """No end token before so many others. For evaluation only, as the two above: training samples the
+    policy itself."""
     agreement: Flag = False
     """Compare student and teacher on the teacher's own greedy answers to the held-out prompts."""
 

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention in plain XLA: over whole rows, and one query per row over a cache.
+"""Causal grouped-query attention in plain XLA: over whole rows, and of a few queries per row over a cache.
 
 Both take what families differ in: the scale of the scores, a soft cap on them, and a sliding window.
 Whole rows may hold several segments, which do not see each other.
@@ -6,6 +6,8 @@ Whole rows may hold several segments, which do not see each other.
 
 import jax
 import jax.numpy as jnp
+
+from kdrl_jax.models.cache import KVCache
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -53,23 +55,34 @@ def full_attention(
 
 
 def cached_attention(
-    q_BNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    pos_B: jax.Array,
+    q_BCNH: jax.Array,
+    cache: KVCache,
+    positions_BC: jax.Array,
     *,
     scale: float,
     softcap: float | None,
     window: jax.Array | None,
 ) -> jax.Array:
-    """One query per row over the cache up to and including its own position; returns [B, N, H]."""
-    b, n, h = q_BNH.shape
-    k = k_BKSH.shape[1]
-    q = q_BNH.reshape(b, k, n // k, h)
-    scores = jnp.einsum("bkgh,bksh->bkgs", q, k_BKSH, preferred_element_type=jnp.float32) * scale
-    back = pos_B[:, None] - jnp.arange(k_BKSH.shape[2])[None, :]
-    weights = _softmax(soft_cap(scores, softcap), _seen(back, window)[:, None, None, :])
-    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(v_BKSH.dtype), v_BKSH).reshape(b, n, h)
+    """Some queries per row over one layer of a cache, each up to and including its own position; returns
+    [B, C, N, H].
+
+    Args:
+        cache: without the dimension L; only so many positions of it as are to be read.
+    """
+    b, c, n, h = q_BCNH.shape
+    k = cache.keys.shape[1]
+    q = q_BCNH.reshape(b, c, k, n // k, h)
+    keys, values = (x.astype(q.dtype) for x in (cache.keys, cache.values))
+    scores = jnp.einsum("bckgh,bksh->bkgcs", q, keys, preferred_element_type=jnp.float32) * scale
+    if cache.key_scales is not None:
+        # One scale per position leaves the product, which then reads 8 bits.
+        scores = scores * cache.key_scales[:, :, None, None]
+    back = positions_BC[:, :, None] - jnp.arange(keys.shape[2])
+    weights = _softmax(soft_cap(scores, softcap), _seen(back, window)[:, None, None])
+    if cache.value_scales is not None:
+        weights = weights * cache.value_scales[:, :, None, None]
+    out = jnp.einsum("bkgcs,bksh->bckgh", weights.astype(values.dtype), values)
+    return out.reshape(b, c, n, h)
 
 
 def _seen(back: jax.Array, window: jax.Array | None) -> jax.Array:

@@ -10,26 +10,41 @@ and needs no mask. Rows padded on the left, or of several sequences, say so by s
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdrl_jax.models.attention import cached_attention, full_attention, segment_positions
+from kdrl_jax.models.attention import full_attention, segment_positions
 from kdrl_jax.models.block import Block, Holding
+from kdrl_jax.models.cache import KVCache
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.head import Head
 from kdrl_jax.models.rope import apply_rope, rope_tables
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import Params
 
-KVCache = tuple[jax.Array, jax.Array]
-"""Keys and values, each [L, B, K, S, H]. Stacked, so that scanned layers write it in place."""
-
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class AttendCached(Protocol):
+    """Writes the keys and values of new tokens to one layer of a cache, and lets their queries read it."""
+
+    def __call__(
+        self,
+        cache: KVCache,
+        layer: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        window: jax.Array | None,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """q [..., N, H], k and v [..., K, H] to (what the queries read, of q's shape; the new cache)."""
 
 
 class Attention(Block):
@@ -142,35 +157,6 @@ class Decoder(Block):
         c = self.config
         return {"scale": c.query_scale or c.head_dim**-0.5, "softcap": c.attn_softcap}
 
-    def _full(
-        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, *, keep_cache: bool, remat: bool
-    ) -> tuple[jax.Array, KVCache | None]:
-        x = constrain(self._embed(tokens_BT), "B T E")
-        if segment_ids_BT is None:
-            positions = jnp.arange(tokens_BT.shape[1])[None, :]
-        else:
-            positions = segment_positions(segment_ids_BT)
-        slides_L, of_layer = self._differences(positions)
-        layer_def, layer_params = nnx.split(self.layers)
-
-        def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, KVCache | None]:
-            params, slides = inputs
-            cos, sin, window = of_layer(slides)
-            kept: list[KVCache] = []
-
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                if keep_cache:
-                    kept.append((k.swapaxes(1, 2), v.swapaxes(1, 2)))
-                return full_attention(
-                    q, k, v, window=window, segment_ids_BT=segment_ids_BT, **self._attention
-                )
-
-            x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
-            return constrain(x, "B T E"), kept[0] if keep_cache else None
-
-        x, cache = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (layer_params, slides_L))
-        return self.norm("final_norm", x), cache
-
     def hidden(
         self, tokens_BT: jax.Array, *, segment_ids_BT: jax.Array | None = None, remat: bool = False
     ) -> jax.Array:
@@ -182,58 +168,62 @@ class Decoder(Block):
                 stands. None is right-padded rows of one sequence each.
             remat: recompute each layer in the backward pass.
         """
-        return self._full(tokens_BT, segment_ids_BT, keep_cache=False, remat=remat)[0]
+        x = constrain(self._embed(tokens_BT), "B T E")
+        if segment_ids_BT is None:
+            positions = jnp.arange(tokens_BT.shape[1])[None, :]
+        else:
+            positions = segment_positions(segment_ids_BT)
+        slides_L, of_layer = self._differences(positions)
+        layer_def, layer_params = nnx.split(self.layers)
 
-    def prefill(self, tokens_PT: jax.Array, lengths_P: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Hidden state [P, D] at each prompt's last token, and its cache [L, P, K, T, H]."""
-        x, cache = self._full(tokens_PT, None, keep_cache=True, remat=False)
-        assert cache is not None
-        last = jnp.take_along_axis(x, (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-        return last, cache
+        def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+            params, slides = inputs
+            cos, sin, window = of_layer(slides)
 
-    def decode(
-        self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, *, window: int | None = None
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                return full_attention(
+                    q, k, v, window=window, segment_ids_BT=segment_ids_BT, **self._attention
+                )
+
+            x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
+            return constrain(x, "B T E"), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (layer_params, slides_L))
+        return self.norm("final_norm", x)
+
+    def extend(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache, attend: AttendCached
     ) -> tuple[jax.Array, KVCache]:
-        """One step: writes each row's token at its position, attends to positions up to it.
+        """Takes new tokens into rows whose earlier ones are in the cache.
 
         Args:
-            window: static length of the cache that is read; every position must be below it.
+            tokens: int32 [B] (one per row) or [B, C].
+            positions: of the tokens in their rows.
+            attend: which rows of the cache these are, and how it is read.
 
         Returns:
-            Hidden states [B, D] and the cache, updated in place when its buffer is donated.
+            Final hidden states [..., D] and the cache, updated in place when its buffer is donated.
         """
-        _, b, num_kv, length, h = cache[0].shape
-        read_length = window or length
-        x = self._embed(tokens_B)
-        slides_L, of_layer = self._differences(positions_B)
-        rows, heads = jnp.arange(b)[:, None], jnp.arange(num_kv)[None, :]
+        x = self._embed(tokens)
+        slides_L, of_layer = self._differences(positions)
         layer_def, layer_params = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, KVCache], inputs: Any) -> tuple[tuple[jax.Array, KVCache], None]:
-            x, caches = carry
-            i, params, slides = inputs
-            cos, sin, sees = of_layer(slides)
+            x, cache = carry
+            layer, params, slides = inputs
+            cos, sin, window = of_layer(slides)
 
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                nonlocal caches
-                at = (i, rows, heads, positions_B[:, None])
-                write = functools.partial(_write, at=at)
-                caches = (write(caches[0], new=k), write(caches[1], new=v))
-                size = (1, b, num_kv, read_length, h)
-                keys, values = (jax.lax.dynamic_slice(c, (i, 0, 0, 0, 0), size)[0] for c in caches)
-                return cached_attention(q, keys, values, positions_B, window=sees, **self._attention)
+            def over_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                nonlocal cache
+                out, cache = attend(cache, layer, q, k, v, window=window, **self._attention)
+                return out
 
-            x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
-            return (x, caches), None
+            x = nnx.merge(layer_def, params).layer(x, over_cache, cos, sin)
+            return (x, cache), None
 
         layers = (jnp.arange(self.config.num_layers), layer_params, slides_L)
         (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return self.norm("final_norm", x), cache
-
-
-def _write(cache: jax.Array, at: tuple[jax.Array, ...], new: jax.Array) -> jax.Array:
-    # Unique, in-bounds indices are what lets XLA write one column per row in place.
-    return cache.at[at].set(new.astype(cache.dtype), unique_indices=True, mode="promise_in_bounds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +235,7 @@ class Model:
     dims: dict[str, Any]
     """The tree of `Params`, with the dimension letters of each tensor as leaves."""
     holding: Holding
+    compute_dtype: Any
 
     def bind(self, params: Params) -> Decoder:
         """The module with these parameters; call it inside a traced function."""
@@ -276,7 +267,7 @@ def make_model(
         for part in path[:-1]:
             node = node.setdefault(str(part), {})
         node[str(path[-1])] = variable.get_metadata()["dims"]
-    return Model(config, graphdef, dims, holding)
+    return Model(config, graphdef, dims, holding, jnp.dtype(compute_dtype))
 
 
 @dataclasses.dataclass(frozen=True)

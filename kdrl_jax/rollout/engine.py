@@ -1,13 +1,16 @@
-"""The sampling engine: prefill once per prompt, then a compiled loop until every row has ended.
+"""The sampling engine: each prompt is prefilled once, then a compiled loop works through all completions.
 
-The loop runs in chunks of at most N decode steps with a donated carry. Between chunks, and only there,
-the host hears from the device: it may show progress or notice a request to stop. Everything else stays
-on the device, and the shapes never change, so nothing recompiles.
+Every shard of the mesh (a device of `data` and `fsdp`) has a fixed number of slots and a queue of rows. A
+slot whose completion has ended takes the next row inside the compiled loop, so that no host has to hear
+from another. The loop runs in chunks of at most N steps with a donated carry. Between chunks, and only
+there, the host hears from the devices: it may show progress or notice a request to stop. Shapes never
+change, so nothing recompiles.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +18,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kdrl_jax import sharding
-from kdrl_jax.models.decoder import KVCache, Model
-from kdrl_jax.models.head import Head, head_logits
-from kdrl_jax.rollout.sampling import SamplerSettings, row_keys, sample
+from kdrl_jax.models.cache import KVCache, empty_cache
+from kdrl_jax.models.decoder import Model
+from kdrl_jax.rollout.attention import attend_maker, heads_divide
+from kdrl_jax.rollout.decode import Call, decode_steps
+from kdrl_jax.rollout.memory import choose_slots
+from kdrl_jax.rollout.prefill import prefill, prefix_length
+from kdrl_jax.rollout.settings import Carry, EngineSettings, cache_length
+from kdrl_jax.rollout.weights import to_decode
 from kdrl_jax.types import Params, Prompts, Rollouts
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineSettings:
-    """Static shape and rules of an engine."""
-
-    num_prompts: int
-    """P: prompts per call."""
-    group_size: int
-    """G: completions per prompt."""
-    max_prompt_tokens: int
-    max_new_tokens: int
-    num_tokens: int
-    """Real tokens of the vocabulary."""
-    end_ids: tuple[int, ...]
-    pad_id: int
-    decode_chunk: int
-    """Decode steps between two words with the host."""
-    sampler: SamplerSettings
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """The state of the decode loop."""
-
-    tokens_BT: jax.Array
-    logprobs_BT: jax.Array
-    prompt_lengths_B: jax.Array
-    counts_B: jax.Array
-    """int32: completion tokens so far, at least 1 after prefill."""
-    done_B: jax.Array
-    """bool: ended, or at its maximum."""
-    keys_B: jax.Array
-    cache: KVCache
-    steps: jax.Array
-    """int32 scalar: decode steps so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +38,13 @@ class Chunk:
     num_tokens: int
     """Completion tokens so far, over all rows."""
     num_running: int
-    """Rows that go on."""
+    """Rows that go on, or wait."""
+    idle_frac: float
+    """Share of slots' steps, up to now, in which the slot had no row."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is a request, not an error
     """Raised between chunks when the caller asked to stop; nothing of the call is kept."""
-
-
-def windows(length: int) -> tuple[int, ...]:
-    """Static lengths of the cache that attention may read: each twice the last, up to all."""
-    sizes, size = [], 64
-    while size < length:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, length)
 
 
 class Engine:
@@ -90,14 +54,12 @@ class Engine:
         self.model = model
         self.settings = settings
         self.mesh = mesh
-        rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
-        cache_spec = PartitionSpec(None, ("data", "fsdp"), *_heads(model, mesh))
-        cache = NamedSharding(mesh, cache_spec)
-        carry = Carry(rows, rows, rows, rows, rows, rows, (cache, cache), everywhere)  # type: ignore[arg-type]
-        self._start = jax.jit(self._prefill, out_shardings=carry)
-        self._chunk = jax.jit(
-            self._decode_chunk, donate_argnums=1, out_shardings=(carry, everywhere, everywhere)
-        )
+        shards = sharding.batch_shards(mesh)
+        if settings.num_prompts % shards:
+            raise ValueError(
+                f"num_prompts={settings.num_prompts} does not divide over {shards} devices (data x fsdp)"
+            )
+        self._programs: Programs | None = None
 
     def generate(
         self,
@@ -106,32 +68,44 @@ class Engine:
         key: jax.Array,
         *,
         temperature: float = 1.0,
-        on_chunk: Callable[[int, int], None] | None = None,
+        max_new_tokens: int | None = None,
+        on_chunk: Callable[[Chunk], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Rollouts:
         """Completes every prompt `group_size` times; row b is sample b % G of prompt b // G.
 
         A completion depends on the parameters, `key`, its prompt, the prompt's draw and its sample
-        number; not on the batch it is in.
+        number; not on the batch it is in, nor on the slots.
 
         Args:
             prompts: exactly `num_prompts` of them.
             temperature: divides the logits, above 0; another one is the same program.
-            on_chunk: called between chunks with (completion tokens so far, rows still running).
+            max_new_tokens: of this call, at most the settings', which is the default; another one is the
+                same program.
+            on_chunk: called between chunks.
             should_stop: asked between chunks.
 
         Raises:
             Stopped: when `should_stop` says so.
+            ValueError: prompts of another shape; not one slot fits the free memory.
         """
-        for chunk in self.stream(params, prompts, key, temperature=temperature):
+        for chunk in self.stream(
+            params, prompts, key, temperature=temperature, max_new_tokens=max_new_tokens
+        ):
             if on_chunk is not None:
-                on_chunk(chunk.num_tokens, chunk.num_running)
+                on_chunk(chunk)
             if chunk.num_running and should_stop is not None and should_stop():
                 raise Stopped
         return self.rollouts(chunk.carry)
 
     def stream(
-        self, params: Params, prompts: Prompts, key: jax.Array, *, temperature: float = 1.0
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: jax.Array,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
     ) -> Iterator[Chunk]:
         """As `generate`, one chunk of `decode_chunk` steps at a time (the first holds the prefill too).
 
@@ -143,119 +117,141 @@ class Engine:
                 f"prompts of shape {prompts.tokens_PT.shape}; this engine takes "
                 f"{(s.num_prompts, s.max_prompt_tokens)}"
             )
+        limit = s.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= limit <= s.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens={limit} of this call: it must be 1 to {s.max_new_tokens}, the engine's"
+            )
+        weights = to_decode(self.model, params, self.mesh)
+        programs = self.programs()
         put = functools.partial(jax.device_put, device=sharding.rows(self.mesh))
-        t = np.float32(temperature)
+        call = Call(key, np.float32(temperature), np.int32(limit))  # type: ignore[arg-type]
         # Set for each call alone: whoever takes a chunk goes on without it.
         with jax.set_mesh(self.mesh):
-            carry = self._start(
-                params, put(prompts.tokens_PT), put(prompts.lengths_P), put(prompts.draws_P), key, t
+            carry = programs.start(
+                weights, put(prompts.tokens_PT), put(prompts.lengths_P), put(prompts.draws_P)
             )
         num_running = 1
         while num_running:
             with jax.set_mesh(self.mesh):
-                carry, running, num_tokens = self._chunk(params, carry, t)
-            num_running = int(running)
-            yield Chunk(carry, int(num_tokens), num_running)
+                carry, progress = programs.chunk(weights, carry, call)
+            num_tokens, num_running, slot_steps = (int(x) for x in jax.device_get(progress))
+            yield Chunk(carry, num_tokens, num_running, 1 - num_tokens / slot_steps)
 
     def rollouts(self, carry: Carry) -> Rollouts:
         """What the rows of a carry hold by now."""
-        ended = _ends(carry, self.settings.end_ids)
-        return Rollouts(carry.tokens_BT, carry.prompt_lengths_B, carry.counts_B, ended, carry.logprobs_BT)
+        s = self.settings
+        with jax.set_mesh(self.mesh):
+            lengths_B, ended_B = _ends(carry, s.group_size, s.end_ids)
+        return Rollouts(carry.tokens_BT, lengths_B, carry.counts_B, ended_B, carry.logprobs_BT)
 
-    def _logits(self, hidden: jax.Array, head: Head, temperature: jax.Array) -> jax.Array:
-        return head_logits(hidden, head, num_tokens=self.settings.num_tokens, temperature=temperature)
+    def programs(self) -> "Programs":
+        """The compiled functions, made once, with as many slots as fit now."""
+        if self._programs is None:
+            slots = choose_slots(self.model.config, self.settings, self.mesh)
+            self._programs = Programs(self.model, self.settings, self.mesh, slots)
+        return self._programs
 
-    def _prefill(
-        self,
-        params: Params,
-        tokens_PT: jax.Array,
-        lengths_P: jax.Array,
-        draws_P: jax.Array,
-        key: jax.Array,
-        temperature: jax.Array,
-    ) -> Carry:
-        s, g = self.settings, self.settings.group_size
-        decoder = self.model.bind(params)
-        hidden_PD, cache = decoder.prefill(tokens_PT, lengths_P)
-        logits = jnp.repeat(self._logits(hidden_PD, decoder.output_head(), temperature), g, axis=0)
 
-        def spread(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
-            """A prompt's row for each of its samples, with room for their completions at axis + 1."""
-            x = jnp.repeat(x, g, axis=axis)
-            widths = [(0, 0)] * x.ndim
-            widths[-1 if x.ndim == 2 else -2] = (0, s.max_new_tokens)
-            return jnp.pad(x, widths, constant_values=fill)
+class Programs:
+    """The two compiled programs of an engine: `start` prefills, `chunk` goes on some steps."""
 
-        tokens = spread(tokens_PT, 0, s.pad_id)
-        samples = jnp.tile(jnp.arange(g), s.num_prompts)
-        keys = row_keys(key, jnp.repeat(draws_P, g), samples)
-        zeros = jnp.zeros(tokens.shape[0], jnp.int32)
-        carry = Carry(
+    def __init__(self, model: Model, settings: EngineSettings, mesh: Mesh, slots: int):
+        self.model, self.settings, self.mesh, self.slots = model, settings, mesh, slots
+        self.shards = sharding.batch_shards(mesh)
+        self.make_attend = attend_maker(
+            settings.attention, slots, cache_length(settings), model.config.num_kv_heads, mesh
+        )
+        rows, whole = PartitionSpec(sharding.ROWS), PartitionSpec()
+        of_cache = PartitionSpec(None, sharding.ROWS)
+        held = KVCache(of_cache, of_cache)  # type: ignore[arg-type]
+        if settings.cache_dtype == "int8":
+            held = KVCache(of_cache, of_cache, of_cache, of_cache)  # type: ignore[arg-type]
+        specs = Carry(rows, rows, rows, rows, rows, held, held, rows, rows, rows)  # type: ignore[arg-type]
+        self.places = jax.tree.map(lambda spec: self._place(spec, spec == of_cache), specs)
+        everywhere = sharding.replicated(mesh)
+        start = jax.shard_map(
+            self._start,
+            mesh=mesh,
+            in_specs=(whole, rows, rows, rows),
+            out_specs=specs,
+            axis_names=set(sharding.ROWS),
+            check_vma=False,
+        )
+        chunk = jax.shard_map(
+            self._chunk,
+            mesh=mesh,
+            in_specs=(whole, specs, whole),
+            out_specs=(specs, whole),
+            axis_names=set(sharding.ROWS),
+            check_vma=False,
+        )
+        self.start = jax.jit(start, out_shardings=self.places)
+        self.chunk = jax.jit(chunk, donate_argnums=1, out_shardings=(self.places, everywhere))
+
+    def abstract_carry(self, *arguments: Any) -> Carry:
+        """Shapes, types and places of the state that `start` of these arguments gives."""
+        carry = jax.eval_shape(self.start, *arguments)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), carry, self.places
+        )
+
+    def _place(self, spec: PartitionSpec, is_cache: bool) -> NamedSharding:
+        """Of an array; a cache's heads lie over `tensor` where it divides them."""
+        if is_cache and heads_divide(self.model.config.num_kv_heads, self.mesh):
+            spec = PartitionSpec(*spec, "tensor")
+        return NamedSharding(self.mesh, spec)
+
+    def _start(self, params: Params, tokens_PT: jax.Array, lengths_P: jax.Array, draws_P: jax.Array) -> Carry:
+        """The first state of one shard, with its prompts prefilled."""
+        s, config = self.settings, self.model.config
+        num_prompts, dtype = tokens_PT.shape[0], jnp.dtype(s.cache_dtype)
+        num_rows = num_prompts * s.group_size
+        prefixes = empty_cache(config, num_prompts, prefix_length(s.max_prompt_tokens), dtype)
+        prefixes = prefill(self.model.bind(params), tokens_PT, lengths_P, prefixes)
+        tokens = jnp.repeat(tokens_PT, s.group_size, axis=0)
+        tokens = jnp.pad(tokens, ((0, 0), (0, s.max_new_tokens)), constant_values=s.pad_id)
+        return Carry(
             tokens_BT=tokens,
             logprobs_BT=jnp.zeros(tokens.shape, jnp.float32),
-            prompt_lengths_B=jnp.repeat(lengths_P, g),
-            counts_B=zeros,
-            done_B=zeros.astype(bool),
-            keys_B=keys,
-            cache=(spread(cache[0], 1), spread(cache[1], 1)),
-            steps=jnp.zeros((), jnp.int32),
+            counts_B=jnp.zeros(num_rows, jnp.int32),
+            prompt_lengths_P=lengths_P,
+            draws_P=draws_P,
+            prefixes=prefixes,
+            cache=empty_cache(config, self.slots, cache_length(s), dtype),
+            row_of_slot=jnp.full(self.slots, num_rows, jnp.int32),
+            next_row=jnp.zeros(1, jnp.int32),
+            steps=jnp.zeros(1, jnp.int32),
         )
-        return self._append(carry, logits, carry.cache)
 
-    def _append(self, carry: Carry, logits: jax.Array, cache: KVCache) -> Carry:
-        """Samples the next token of every row that has not ended."""
-        s = self.settings
-        token, logprob = sample(logits, carry.keys_B, carry.counts_B, s.sampler)
-        rows = jnp.arange(token.shape[0])
-        at = carry.prompt_lengths_B + carry.counts_B
-        # A row that has ended writes past the end, which is dropped.
-        at = jnp.where(carry.done_B, carry.tokens_BT.shape[1], at)
-        counts = carry.counts_B + ~carry.done_B
-        ends = jnp.isin(token, jnp.asarray(s.end_ids, jnp.int32)) | (counts >= s.max_new_tokens)
-        return dataclasses.replace(
+    def _chunk(self, params: Params, carry: Carry, call: Call) -> tuple[Carry, jax.Array]:
+        """Some steps of one shard; and int32 [3] of all shards: completion tokens so far, rows that are
+        not done, steps of slots so far."""
+        num_rows = carry.counts_B.shape[0]
+        carry = decode_steps(
+            self.model.bind(params),
+            self.settings,
+            call,
             carry,
-            tokens_BT=carry.tokens_BT.at[rows, at].set(token, mode="drop", unique_indices=True),
-            logprobs_BT=carry.logprobs_BT.at[rows, at].set(logprob, mode="drop", unique_indices=True),
-            counts_B=counts,
-            done_B=carry.done_B | ends,
-            cache=cache,
+            make_attend=self.make_attend,
+            anywhere=self._anywhere,
         )
+        running = jnp.sum(carry.row_of_slot < num_rows) + num_rows - carry.next_row[0]
+        steps = jax.lax.pmax(carry.steps[0], sharding.ROWS) * self.slots * self.shards
+        sums = jax.lax.psum(jnp.stack([jnp.sum(carry.counts_B), running]), sharding.ROWS)
+        return carry, jnp.append(sums, steps)
 
-    def _decode_chunk(
-        self, params: Params, carry: Carry, temperature: jax.Array
-    ) -> tuple[Carry, jax.Array, jax.Array]:
-        s = self.settings
-        decoder = self.model.bind(params)
-        head = decoder.output_head()
-        sizes = jnp.asarray(windows(carry.tokens_BT.shape[1]))
-        last = carry.steps + s.decode_chunk
-
-        def step(carry: Carry) -> Carry:
-            # The newest token of each row is not in the cache yet; this step puts it there.
-            at = carry.prompt_lengths_B + carry.counts_B - 1
-            rows = jnp.arange(at.shape[0])
-            tokens = carry.tokens_BT[rows, at]
-            needed = jnp.max(jnp.where(carry.done_B, 0, at)) + 1
-            branches = [
-                functools.partial(decoder.decode, window=int(w)) for w in windows(carry.tokens_BT.shape[1])
-            ]
-            which = jnp.sum(needed > sizes)
-            hidden, cache = jax.lax.switch(which, branches, tokens, at, carry.cache)
-            carry = self._append(carry, self._logits(hidden, head, temperature), cache)
-            return dataclasses.replace(carry, steps=carry.steps + 1)
-
-        carry = jax.lax.while_loop(lambda c: ~c.done_B.all() & (c.steps < last), step, carry)
-        return carry, jnp.sum(~carry.done_B), jnp.sum(carry.counts_B)
+    def _anywhere(self, flag: jax.Array) -> jax.Array:
+        """A shard steps on its own, and stops when it is empty; with `tensor`, whose devices talk in each
+        step, all shards step together."""
+        if self.mesh.shape["tensor"] == 1:
+            return flag
+        return jax.lax.pmax(flag.astype(jnp.int32), sharding.ROWS) > 0
 
 
-def _heads(model: Model, mesh: Mesh) -> tuple[str | None, None, None]:
-    """Partition of [K, S, H]: kv heads over `tensor` where it divides them."""
-    divides = model.config.num_kv_heads % mesh.shape["tensor"] == 0
-    return ("tensor" if divides else None, None, None)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _ends(carry: Carry, end_ids: tuple[int, ...]) -> jax.Array:
-    rows = jnp.arange(carry.counts_B.shape[0])
-    last = carry.tokens_BT[rows, carry.prompt_lengths_B + carry.counts_B - 1]
-    return jnp.isin(last, jnp.asarray(end_ids, jnp.int32))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _ends(carry: Carry, group_size: int, end_ids: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Of each row, the prompt's length, and whether its last token is an end token."""
+    lengths_B = jnp.repeat(carry.prompt_lengths_P, group_size)
+    last = jnp.take_along_axis(carry.tokens_BT, (lengths_B + carry.counts_B - 1)[:, None], axis=1)[:, 0]
+    return lengths_B, jnp.isin(last, jnp.asarray(end_ids, jnp.int32)) & (carry.counts_B > 0)

@@ -18,9 +18,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from kdrl_jax import sharding
 from kdrl_jax.models.head import Head
 from kdrl_jax.scoring.types import HeadSettings, TeacherSide
-
-ROWS = ("data", "fsdp")
-"""Axes of the mesh over which rows lie."""
+from kdrl_jax.sharding import ROWS
 
 
 @jax.tree_util.register_dataclass

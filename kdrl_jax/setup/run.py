@@ -17,8 +17,9 @@ from kdrl_jax.models.block import Holding
 from kdrl_jax.models.decoder import FrozenModel, Model, make_model
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
 from kdrl_jax.pairing import Side, compare
-from kdrl_jax.rollout.engine import Engine, EngineSettings
+from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.rollout.settings import EngineSettings, cache_type
 from kdrl_jax.runs import model_of, roles
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.setup.finder import Finder, Found, choose_tokenizer
@@ -85,6 +86,9 @@ class Setup:
             pad_id=t.pad_id,
             decode_chunk=c.rollout.decode_chunk,
             sampler=sampler,
+            slots=c.rollout.slots_per_device,
+            cache_dtype=cache_type(c.rollout.cache_dtype, model.compute_dtype, self.mesh),
+            attention=c.rollout.attention,
         )
         return Engine(model, settings, self.mesh)
 

@@ -1,0 +1,69 @@
+"""Why a completion ended, and what a stop text cuts off."""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from kdrl_jax.types import Rollouts
+
+
+def completion_ids(rollouts: Rollouts) -> list[np.ndarray]:
+    """Each row's completion tokens, on the host."""
+    tokens, starts, lengths = (
+        np.asarray(x) for x in (rollouts.tokens_BT, rollouts.prompt_lengths_B, rollouts.completion_lengths_B)
+    )
+    return [tokens[i, starts[i] : starts[i] + lengths[i]] for i in range(len(tokens))]
+
+
+def finish_reason(ids: Sequence[int], ended: bool, end_ids: Sequence[int]) -> str:
+    """`end` (its last token is an end token), `stop` (a stop text) or `length` (cut off)."""
+    if not ended:
+        return "length"
+    return "end" if ids[-1] in end_ids else "stop"
+
+
+def stop_length(
+    ids: Sequence[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str]
+) -> int | None:
+    """Tokens up to and including the one that completes the first stop text; None without one."""
+    if not any(stop in decode(ids) for stop in stops):
+        return None
+    return 1 + bisect.bisect_left(
+        range(1, len(ids)), True, key=lambda n: any(stop in decode(ids[:n]) for stop in stops)
+    )
+
+
+def cut_at_stops(
+    rollouts: Rollouts,
+    decode: Callable[[Sequence[int]], str],
+    stops: Sequence[str],
+    *,
+    pad_id: int,
+) -> Rollouts:
+    """Completions without what follows a stop text; they have ended, and are not truncated."""
+    if not stops:
+        return rollouts
+    arrays = jax.device_get((rollouts.tokens_BT, rollouts.sampler_logprobs_BT))
+    tokens, logprobs = (np.array(x) for x in arrays)
+    lengths, ended = (np.array(x) for x in (rollouts.completion_lengths_B, rollouts.ended_B))
+    starts = np.asarray(rollouts.prompt_lengths_B)
+    for i, ids in enumerate(completion_ids(rollouts)):
+        length = stop_length(ids.tolist(), decode, stops)
+        if length is not None:
+            lengths[i], ended[i] = length, True
+            tokens[i, starts[i] + length :] = pad_id
+            logprobs[i, starts[i] + length :] = 0
+
+    def put(new: np.ndarray, old: jax.Array) -> jax.Array:
+        return jax.device_put(new, old.sharding)
+
+    return dataclasses.replace(
+        rollouts,
+        tokens_BT=put(tokens, rollouts.tokens_BT),
+        completion_lengths_B=put(lengths, rollouts.completion_lengths_B),
+        ended_B=put(ended, rollouts.ended_B),
+        sampler_logprobs_BT=put(logprobs, rollouts.sampler_logprobs_BT),
+    )
