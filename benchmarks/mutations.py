@@ -29,7 +29,7 @@ class Fault:
     """Words for pytest, under tests/."""
 
 
-STEP, TRAIN, ROLLOUT = "test_step.py", "test_train.py", "test_rollout.py"
+STEP, TRAIN, ROLLOUT, SLOTS = "test_step.py", "test_train.py", "test_rollout.py", "test_slots.py"
 OBJECTIVE, POLICY, MASKS = "test_objective.py", "test_objective_policy.py", "test_objective_masks.py"
 FAULTS = (
     # DESIGN's traps
@@ -136,10 +136,123 @@ FAULTS = (
     ),
     Fault(
         "keys by row instead of identity",
-        "rollout/engine.py",
-        "keys = row_keys(key, jnp.repeat(draws_P, g), samples)",
-        "keys = row_keys(key, jnp.arange(draws_P.shape[0] * g), samples)",
+        "rollout/decode.py",
+        "keys = row_keys(call.key, carry.draws_P[prompt], row % settings.group_size)",
+        "keys = row_keys(call.key, row, row % settings.group_size)",
         f"{ROLLOUT} -k 'alone or differ'",
+    ),
+    # Rollouts
+    Fault(
+        "keys by slot",
+        "rollout/decode.py",
+        "keys = row_keys(call.key, carry.draws_P[prompt], row % settings.group_size)",
+        "keys = row_keys(call.key, jnp.arange(row.shape[0]), row % settings.group_size)",
+        f"{ROLLOUT} -k depend_on_the_slots",
+    ),
+    Fault(
+        "a slot is refilled with another prompt's prefix",
+        "rollout/decode.py",
+        "row_of_slot[slots[i]] // settings.group_size)",
+        "row_of_slot[slots[i]] % carry.prompt_lengths_P.shape[0])",
+        f"{SLOTS} -k comes_back",
+    ),
+    Fault(
+        "a row of the queue is left out",
+        "rollout/queue.py",
+        "jnp.cumsum(idle, dtype=jnp.int32) - 1",
+        "jnp.cumsum(idle, dtype=jnp.int32)",
+        f"{SLOTS} -k taken_once",
+    ),
+    Fault(
+        "the limit of a call is ignored",
+        "rollout/decode.py",
+        "counts + 1 >= call.max_new_tokens",
+        "counts + 1 >= settings.max_new_tokens",
+        f"{ROLLOUT} -k its_own_maximum",
+    ),
+    Fault(
+        "a window ends before what is filled",
+        "rollout/windows.py",
+        "longest_J = jnp.max(positions_B[rows_JR], axis=1) + 1",
+        "longest_J = jnp.max(positions_B[rows_JR], axis=1)",
+        f"{SLOTS} -k 'plain_way or smallest'",
+    ),
+    Fault(
+        "groups are not put back in order",
+        "rollout/windows.py",
+        "return out[jnp.argsort(plan.rows_JR.reshape(-1))], cache",
+        "return out, cache",
+        f"{SLOTS} -k plain_way",
+    ),
+    Fault(
+        "the kernel leaves out a block that was just begun",
+        "rollout/kernel.py",
+        "blocks_B = positions_B // self.block + 1",
+        "blocks_B = jnp.maximum(-(-positions_B // self.block), 1)",
+        f"{SLOTS} -k 'plain_way or filled_blocks'",
+    ),
+    Fault(
+        "the kernel's running sum is not scaled to the new maximum",
+        "rollout/kernel.py",
+        "total = kept * sum_ref",
+        "total = sum_ref",
+        f"{SLOTS} -k plain_way",
+    ),
+    Fault(
+        "the kernel skips a block that a sliding layer sees",
+        "rollout/kernel.py",
+        "return jnp.maximum(position - sees + 1, 0) // block",
+        "return jnp.maximum(position - sees + block, 0) // block",
+        f"{SLOTS} -k plain_way",
+    ),
+    Fault(
+        "later chunks of a prompt stand at the first one's positions",
+        "rollout/prefill.py",
+        "jnp.broadcast_to(start + jnp.arange(chunk), (rows, chunk))",
+        "jnp.broadcast_to(jnp.arange(chunk), (rows, chunk))",
+        f"{SLOTS} -k one_pass",
+    ),
+    Fault(
+        "the scales of keys and values are taken for each other",
+        "models/attention.py",
+        "scores = scores * cache.key_scales[:, :, None, None]",
+        "scores = scores * cache.value_scales[:, :, None, None]",
+        f"{SLOTS} -k smaller_cache",
+    ),
+    Fault(
+        "the cache is copied at every write",
+        "models/cache.py",
+        'return old.at[index].set(new, unique_indices=True, mode="promise_in_bounds")',
+        "return jnp.where(old == old, old, 0).at[index].set(new)",
+        f"{SLOTS} -k never_copied",
+    ),
+    Fault(
+        "both draws of a token are made with the same numbers",
+        "rollout/sampling.py",
+        "(keys, i) for i in range(2))",
+        "(keys, i) for i in (0, 0))",
+        f"{ROLLOUT} -k blocks_of",
+    ),
+    Fault(
+        "an end token one too early",
+        "rollout/sampling.py",
+        "(positions_B < settings.min_new_tokens)",
+        "(positions_B + 1 < settings.min_new_tokens)",
+        f"{ROLLOUT} -k before_the_minimum",
+    ),
+    Fault(
+        "slots that wait for another shard count as busy",
+        "rollout/engine.py",
+        "steps = jax.lax.pmax(carry.steps[0], sharding.ROWS) * self.slots * self.shards",
+        "steps = jax.lax.psum(carry.steps[0], sharding.ROWS) * self.slots",
+        f"{ROLLOUT} -k end_early",
+    ),
+    Fault(
+        "the token that completes a stop text is cut off",
+        "rollout/finish.py",
+        "    return 1 + bisect",
+        "    return bisect",
+        f"{ROLLOUT} -k stop_text",
     ),
     Fault(
         "the data position is not restored",

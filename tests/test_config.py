@@ -372,6 +372,7 @@ TEACHER = ("teacher.path=t",)
 TWO = "teachers={a: {path: x}, b: {path: y}}"
 NAMED = "data.train=[{kind: task, task: chain_sum, teacher: a}]"
 ODD_HEADS = "student.architecture.num_attention_heads=3"
+GROWING = "rollout.length_limit={kind: linear, start: 10, end: 128, steps: 3}"
 CONTRADICTIONS = [
     # overrides, what the message says
     (["rl.coef=0"], "good.yaml: rl.coef, kd.coef and sft.coef are all 0: nothing would be trained"),
@@ -449,6 +450,18 @@ CONTRADICTIONS = [
     (["rl.clip_low=1"], "rl.clip_low reaches 1, but must stay between 0 and 1"),
     (["rl.clip_high={kind: exponential, start: 1, rate: 0.5, steps: 3}"], "rl.clip_high reaches 0"),
     (["reward.overlong_buffer=500"], "reward.overlong_buffer=500 is above rollout.max_new_tokens=128"),
+    (
+        ["reward.overlong_buffer=20", GROWING],
+        "reward.overlong_buffer=20 is above rollout.length_limit at its lowest=10",
+    ),
+    (["rollout.length_limit=500"], "must stay between 1 and rollout.max_new_tokens=128"),
+    (["rollout.length_limit=0"], "rollout.length_limit goes from 0 to 0, but must stay between 1"),
+    (["rollout.stop=['x', '']"], "rollout.stop holds an empty text"),
+    (["eval.min_new_tokens=129"], "eval.min_new_tokens=129 is above rollout.max_new_tokens=128"),
+    (
+        [*DATASET, "data.eval=[]", "rollout.cache_dtype=int8"],
+        "rollout.cache_dtype=int8, but rollout.source=dataset samples",
+    ),
     ([*DATASET, "ref.coef=1"], "ref.coef is an expectation over the student's own samples"),
     ([*DATASET, "rollout.importance_cap=2"], "rollout.importance_cap=2.0 weighs terms at sampled tokens"),
     ([*DATASET, "kd.group_weight=failure_rate"], "kd.group_weight=failure_rate needs verified completions"),
@@ -506,6 +519,8 @@ def test_contradictions(overrides, expected, good):
         [TWO, "eval.every=0"],
         ["rl.resample_rounds=2", "kd.coef=1", "train.num_minibatches=2", *TEACHER],
         ["rollout.temperature={kind: linear, start: 1, end: 0.1, steps: 3}"],
+        ["reward.overlong_buffer=10", GROWING],
+        ["rollout.stop=['x']", "eval.min_new_tokens=128", "rollout.slots_per_device=3"],
     ],
 )
 def test_neighbours_of_contradictions_load(overrides, good):

@@ -43,7 +43,7 @@ def test_what_a_run_leaves(uninterrupted):
         "step", "loss", "rl/coef", "kd/coef", "kd/reverse_kl", "reward/mean", "reward/solved_frac",
         "completion/length_mean", "completion/truncated_frac", "entropy", "grad_norm",
         "sampler/logprob_gap", "lr", "time/rollout", "time/reward", "time/teacher", "time/update",
-        "tokens_per_second", "skipped_updates",
+        "tokens_per_second", "skipped_updates", "rollout/idle_slot_frac", "time/reward_hidden",
     }  # fmt: skip
     for row in rows:
         assert named <= set(row)
@@ -58,6 +58,40 @@ def test_what_a_run_leaves(uninterrupted):
     sample = json.loads((uninterrupted / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
     assert {"question", "answer", "completion", "reward", "scores"} <= set(sample)
     assert load_run_config(uninterrupted).train.num_steps == 4
+
+
+def test_nothing_is_compiled_after_the_first_iteration(tmp_path):
+    """Other prompts, lengths, temperatures and limits are the same programs, evaluations too."""
+    falling = {"kind": "linear", "start": 1.0, "end": 0.5, "steps": 4}
+    growing = {"kind": "linear", "start": 3, "end": 9, "steps": 4}
+    run(tmp_path, "run", rollout={"temperature": falling, "length_limit": growing, "stop": ["3", "+"]})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["time/compiles"] > 5
+    assert [r["time/compiles"] for r in rows[1:]] == [0, 0, 0]
+    # What the rewards took is waited for, or was hidden behind the teacher.
+    assert all(r["time/reward"] + r["time/reward_hidden"] > 0 for r in rows)
+    first, last = (
+        [json.loads(line) for line in (tmp_path / "run" / "rollouts" / f"step_00000{i}.jsonl").open()]
+        for i in (0, 3)
+    )
+    assert max(len(r["completion"]) for r in first) == 3
+    assert 3 < max(len(r["completion"]) for r in last) <= 8
+    for row in first + last:
+        stopped = any(text in row["completion"] for text in ("3", "+"))
+        assert (row["finish"] == "stop") == stopped
+        assert not any(text in row["completion"][:-1] for text in ("3", "+"))
+    assert {r["finish"] for r in first + last} >= {"stop", "length"}
+
+
+def test_int8_keys_and_values_show_in_the_gap_and_slots_do_not(tmp_path, uninterrupted):
+    run(tmp_path, "int8", rollout={"cache_dtype": "int8"})
+    gaps = [r["sampler/logprob_gap"] for r in metrics(tmp_path / "int8")]
+    assert all(1e-4 < gap < 0.05 for gap in gaps)
+    run(tmp_path, "slots", rollout={"slots_per_device": 1})
+    ours, theirs = metrics(tmp_path / "slots"), metrics(uninterrupted)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["completion/length_mean"] == b["completion/length_mean"]
+        assert a["reward/mean"] == b["reward/mean"]
 
 
 def test_a_report_can_be_drawn(uninterrupted, capsys):

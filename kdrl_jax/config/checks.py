@@ -202,10 +202,11 @@ def _check_counts(c: "Config") -> None:
         raise ValueError(
             f"eval.min_new_tokens={c.eval.min_new_tokens} is above rollout.max_new_tokens={r.max_new_tokens}"
         )
-    if c.reward.overlong_buffer > c.rollout.max_new_tokens:
+    shortest = r.max_new_tokens if r.length_limit is None else bounds(r.length_limit)[0]
+    if c.reward.overlong_buffer > shortest:
+        name = "max_new_tokens" if r.length_limit is None else "length_limit at its lowest"
         raise ValueError(
-            f"reward.overlong_buffer={c.reward.overlong_buffer} is above "
-            f"rollout.max_new_tokens={c.rollout.max_new_tokens}"
+            f"reward.overlong_buffer={c.reward.overlong_buffer} is above rollout.{name}={shortest:g}"
         )
     if c.eval.every and not c.data.eval:
         raise ValueError(f"eval.every={c.eval.every} but data.eval names no source")
