@@ -220,10 +220,10 @@ FAULTS = (
         f"{SLOTS} -k smaller_cache",
     ),
     Fault(
-        "the cache is copied at every write",
-        "models/cache.py",
-        'return old.at[index].set(new, unique_indices=True, mode="promise_in_bounds")',
-        "return jnp.where(old == old, old, 0).at[index].set(new)",
+        "the state of a chunk is not donated",
+        "rollout/engine.py",
+        "self.chunk = jax.jit(chunk, donate_argnums=1, ",
+        "self.chunk = jax.jit(chunk, ",
         f"{SLOTS} -k never_copied",
     ),
     Fault(

@@ -270,14 +270,21 @@ def test_every_completion_ending_at_once_and_none_ending(slots):
 
 
 def test_no_end_token_before_the_minimum():
-    e = engine(8, sampler=SamplerSettings(min_new_tokens=20))
-    r = e.generate(PARAMS, prompts(slice(0, 8)), KEY)
-    lengths = np.asarray(r.completion_lengths_B)
-    assert lengths.min() == 21 or lengths.min() > 21
-    assert lengths.min() < NEW
-    short = np.asarray(whole().completion_lengths_B[:16]) <= 20
-    assert 0 < short.sum() < 16
-    np.testing.assert_array_equal(r.tokens_BT[~short], whole().tokens_BT[:16][~short])
+    """A row whose end token comes after n others is as it was with a minimum of n, and goes on with n + 1."""
+    lengths, ended = (np.asarray(x[:16]) for x in (whole().completion_lengths_B, whole().ended_B))
+    row = int(np.flatnonzero(ended)[lengths[ended].argmax()])
+    others = int(lengths[row]) - 1
+    assert 3 < others < NEW - 1
+    for minimum in (others, others + 1):
+        r = engine(8, sampler=SamplerSettings(min_new_tokens=minimum)).generate(
+            PARAMS, prompts(slice(8)), KEY
+        )
+        assert np.asarray(r.completion_lengths_B).min() > minimum
+        length = int(r.completion_lengths_B[row])
+        assert length == lengths[row] if minimum == others else length > lengths[row]
+        unchanged = (lengths > minimum) | ~ended
+        assert unchanged[row] == (minimum == others)
+        np.testing.assert_array_equal(r.tokens_BT[unchanged], whole().tokens_BT[:16][unchanged])
 
 
 def test_prompts_of_another_shape_are_refused():
