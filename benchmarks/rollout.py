@@ -6,11 +6,12 @@ A random Qwen2 of 8.0M parameters, whose end token has probability 1/192 at ever
 spread as real ones do, completes 16 prompts of 64 tokens, 8 times each, in at most 512 tokens, at temperature
 1 from the whole distribution, in float32. Each sampler is a process of its own that loads and warms up once;
 then they take turns, one round each, and the table holds medians over the rounds of useful tokens (end token
-included, nothing after it) per second. `ours, room for 1,024` is an engine with twice the room for the same
+included, nothing after it) per second. On a CPU `ours` has one device per core, as mesh.cpu_devices makes
+them, and `ours, one device` one for all cores; `ours, room for 1,024` has twice the room for the same
 completions.
 
 PYTHON is the interpreter of an environment that has transformers and torch (--hf; by default this one, if it
-has them), or google-tunix (--tunix). All run on the device that they find: a GPU where there is one.
+has them), or google-tunix (--tunix). All run on the CPU, or on the first GPU where there is one.
 
 The last lines are the floor by arithmetic for the step that was measured: what must be read (weights once a
 step, and each row's filled keys and values) over the memory's bandwidth, and what must be multiplied over the
@@ -23,6 +24,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -36,7 +38,7 @@ from typing import Any
 PROMPTS, GROUP, WIDTH, NEW = 16, 8, 64, 512
 VOCABULARY, WIDE, LAYERS, HEADS, KV_HEADS, HEAD, MLP = 4096, 256, 6, 4, 2, 64, 1024
 END, MEAN = 1, 192
-SAMPLERS = ("ours", "ours, room for 1,024", "hf", "tunix")
+SAMPLERS = ("ours", "ours, room for 1,024", "ours, one device", "hf", "tunix")
 
 
 # ---- The model
@@ -126,7 +128,7 @@ def load_ours(folder: Path) -> tuple[Any, Any]:
     return model, source.load(abstract)
 
 
-def ours(folder: Path, room: int) -> Callable[[int], dict[str, Any]]:
+def ours(folder: Path, room: int, most_devices: int | None = None) -> Callable[[int], dict[str, Any]]:
     import jax
     import numpy as np
 
@@ -137,8 +139,8 @@ def ours(folder: Path, room: int) -> Callable[[int], dict[str, Any]]:
     from kdrl_jax.sharding import make_mesh
     from kdrl_jax.types import Prompts
 
-    # One device per core, as mesh.cpu_devices makes them; one GPU or TPU.
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", most_devices or len(os.sched_getaffinity(0)))
+    jax.config.update("jax_default_matmul_precision", "float32")
     devices = jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1]
     model, params = load_ours(folder)
     settings = EngineSettings(
@@ -163,6 +165,7 @@ def ours(folder: Path, room: int) -> Callable[[int], dict[str, Any]]:
             "tokens": int(counts.sum()),
             "steps": int(np.max(last.carry.steps)),
             "slots": engine.programs().slots * len(devices),
+            "devices": len(devices),
             # Position of each token that was fed, summed: what attention had to read.
             "positions": int(sum(WIDTH * n + n * (n - 1) // 2 for n in counts.tolist())),
         }
@@ -259,6 +262,7 @@ def work(sampler: str, folder: Path) -> None:
         makers = {
             "ours": lambda: ours(folder, NEW),
             "ours, room for 1,024": lambda: ours(folder, 2 * NEW),
+            "ours, one device": lambda: ours(folder, NEW, 1),
             "hf": lambda: hf(folder),
             "tunix": lambda: tunix(folder),
         }
@@ -295,7 +299,7 @@ def measured_speeds() -> tuple[float, float]:
     return read, 2 * 2048**3 / best(jax.jit(jnp.matmul), a, a)
 
 
-def floor(run: dict[str, Any], bandwidth: float | None) -> list[str]:
+def print_floor(run: dict[str, Any], bandwidth: float | None) -> None:
     """What one round of ours must at least take."""
     read, product = measured_speeds()
     how = "measured by reading 256 MiB"
@@ -303,21 +307,32 @@ def floor(run: dict[str, Any], bandwidth: float | None) -> list[str]:
         read, how = bandwidth * 1e9, "as given"
     weights = LAYERS * WIDE * (2 * HEAD * (HEADS + KV_HEADS) + 3 * MLP) + VOCABULARY * WIDE
     of_position = 2 * LAYERS * KV_HEADS * HEAD * 4
-    held = run["steps"] * weights * 4 + run["positions"] * of_position
+    read_weights = run["steps"] * run["devices"] * weights * 4
+    held = read_weights + run["positions"] * of_position
     flops = 2 * run["tokens"] * weights + 4 * run["positions"] * LAYERS * HEADS * HEAD
     reading, multiplying = held / read, flops / product
-    return [
-        f"floor: {run['steps']} steps of {run['slots']} slots read {held / 2**30:.2f} GiB (weights "
-        f"{run['steps'] * weights * 4 / 2**30:.2f}, keys and values the rest), {reading:.2f} s at "
-        f"{read / 1e9:.1f} GB/s ({how}); {flops / 1e9:.0f} GFLOP, {multiplying:.2f} s at "
+    lines = [
+        f"floor: {run['steps']} steps of {run['slots']} slots on {run['devices']} devices read "
+        f"{held / 2**30:.2f} GiB (weights {read_weights / 2**30:.2f}, the rest keys and values), "
+        f"{reading:.2f} s at {read / 1e9:.1f} GB/s ({how}); {flops / 1e9:.0f} GFLOP, {multiplying:.2f} s at "
         f"{product / 1e9:.0f} GFLOP/s (a product of 2,048 squared)",
         f"measured: {run['seconds']:.2f} s, {run['seconds'] / max(reading, multiplying):.1f} times the "
         f"larger and {run['seconds'] / (reading + multiplying):.1f} times the sum of both; "
         f"{run['tokens'] / run['steps']:.1f} slots were busy on average",
     ]
+    print("\n".join(lines))
 
 
 # ---- All of them
+
+
+def call(fn: Callable[..., None], *arguments: Any) -> None:
+    """Runs a function of this file in a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=fn, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
 
 
 class Process:
@@ -327,7 +342,12 @@ class Process:
         command = [python, __file__, "--worker", sampler, "--model", str(folder)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process fails
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
         self.sampler = sampler
 
@@ -363,10 +383,12 @@ def main() -> None:
     if args.worker:
         work(args.worker, args.model)
         return
-    pythons = dict(zip(SAMPLERS, (sys.executable, sys.executable, args.hf, args.tunix), strict=True))
+    us = sys.executable
+    pythons = dict(zip(SAMPLERS, (us, us, us, args.hf, args.tunix), strict=True))
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
-        write_model(folder)
+        # In processes of their own: this one must not hold a GPU that the others need.
+        call(write_model, folder)
         processes = []
         for sampler, python in pythons.items():
             if python is not None:
@@ -393,7 +415,7 @@ def main() -> None:
         cells = (f"{x:.0f}" for x in (speeds[sampler], min(each), max(each), tokens))
         print(f"| {sampler} | {' | '.join(cells)} | {ratio:.2f} times |")
     middle = sorted(runs["ours"], key=lambda r: r["tokens"] / r["seconds"])[len(runs["ours"]) // 2]
-    print("\n".join(floor(middle, args.bandwidth)))
+    call(print_floor, middle, args.bandwidth)
 
 
 if __name__ == "__main__":

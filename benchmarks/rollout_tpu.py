@@ -2,6 +2,7 @@
 
     pip install 'jax[tpu]'
     python benchmarks/rollout_tpu.py [v5e v5p v6e v4] [--cache bfloat16|int8] [--tensor 1]
+        [--attention auto|windows] [--shapes]
 
 Qwen2.5-1.5B in bfloat16, prompts of 1,024 tokens and completions of 7,168: 8,192 positions a slot; 16 slots a
 chip on v5e and 64 on the others; 16 prompts a chip, 8 completions each; four chips, `fsdp` and `tensor` over
@@ -15,6 +16,7 @@ over the bandwidth that Google names for the chip (cloud.google.com/tpu/docs). I
 """
 
 import argparse
+import functools
 import os
 import re
 import sys
@@ -25,15 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kdrl_jax import sharding
-from kdrl_jax.models.cache import bytes_per_position
+from kdrl_jax.models.cache import bytes_per_position, empty_cache
 from kdrl_jax.models.decoder import make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.rope import Rope
+from kdrl_jax.rollout.attention import heads_divide
 from kdrl_jax.rollout.decode import Call
 from kdrl_jax.rollout.engine import Programs
+from kdrl_jax.rollout.kernel import Kernel, block_size
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.rollout.settings import EngineSettings, cache_length
 from kdrl_jax.rollout.weights import decode_layout
@@ -65,15 +69,60 @@ def whole_copies(text: str, shape: tuple[int, ...]) -> int:
     return count
 
 
-def compile_for(chip: str, cache: Any, tensor: int) -> bool:
-    """Prints a chip's two rows. Returns whether they pass."""
-    name, slots, bandwidth = CHIPS[chip]
+def mesh_of(chip: str, tensor: int) -> Mesh:
+    """Four chips, `fsdp` and `tensor` over them."""
     # Two cores of a v4 chip are one device.
     kind = {"chip_config_name": "megacore"} if chip == "v4" else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **kind).devices
-    shards = len(devices) // tensor
-    grid = np.array(devices).reshape(1, shards, tensor)
-    mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0], **kind).devices
+    grid = np.array(devices).reshape(1, len(devices) // tensor, tensor)
+    return Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+# Query heads, kv heads, width of a head, positions: Qwen2.5-0.5B, SmolLM2, Gemma 3 1B, Gemma 7B, Llama 2 7B.
+SHAPES = [(14, 2, 64, 8192), (9, 3, 64, 192), (4, 1, 256, 704), (16, 16, 256, 4096), (32, 32, 128, 4096)]
+
+
+def compile_shapes(chip: str) -> bool:
+    """Prints a row for each shape and type of the kernel on a chip. Returns whether all compile."""
+    mesh = mesh_of(chip, tensor=1)
+    place = sharding.replicated(mesh)
+    passes = True
+    for heads, kv_heads, width, positions in SHAPES:
+        for dtype in ("bfloat16", "int8", "float32"):
+            config = DecoderConfig(128, 64, 64, 2, heads, kv_heads, width)
+            length = -(-positions // 128) * 128
+            kernel = Kernel(length, block_size(length, kv_heads, width, dtype), interpret=False)
+            how = {"window": jnp.int32(100), "scale": width**-0.5, "softcap": 50.0}
+            slots, float_type = 8, jnp.float32 if dtype == "float32" else jnp.bfloat16
+            arguments = (
+                jax.eval_shape(functools.partial(empty_cache, config, slots, length, jnp.dtype(dtype))),
+                jax.ShapeDtypeStruct((slots,), jnp.int32),
+                *(jax.ShapeDtypeStruct((slots, n, width), float_type) for n in (heads, kv_heads, kv_heads)),
+            )
+            placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+
+            def attend(cache: Any, at: Any, *qkv: Any, kernel: Any = kernel, how: Any = how) -> Any:
+                return kernel.attend(kernel.plan(at), cache, jnp.int32(1), *qkv, **how)
+
+            whole = PartitionSpec()
+            on_chip = jax.shard_map(attend, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+            try:
+                with jax.set_mesh(mesh):
+                    jax.jit(on_chip, donate_argnums=0).lower(*placed).compile()
+                verdict = "pass"
+            except Exception as error:  # whatever the compiler says is the result
+                verdict = f"FAIL: {str(error).splitlines()[0][:120]}"
+                passes = False
+            cells = (chip, heads, kv_heads, width, length, dtype, kernel.block, verdict)
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    return passes
+
+
+def compile_for(chip: str, cache: Any, tensor: int, attention: Any) -> bool:
+    """Prints a chip's two rows. Returns whether they pass."""
+    _, slots, bandwidth = CHIPS[chip]
+    mesh = mesh_of(chip, tensor)
+    shards = sharding.batch_shards(mesh)
     model = make_model(CONFIG, jnp.bfloat16)
     settings = EngineSettings(
         num_prompts=PROMPTS * shards,
@@ -86,6 +135,7 @@ def compile_for(chip: str, cache: Any, tensor: int) -> bool:
         decode_chunk=64,
         sampler=SamplerSettings(),
         cache_dtype=cache,
+        attention=attention,
     )
     programs = Programs(model, settings, mesh, slots)
     params = decode_layout(model, model.abstract(), mesh)
@@ -113,7 +163,8 @@ def compile_for(chip: str, cache: Any, tensor: int) -> bool:
     weights = sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(params)
     )
-    filled = slots * cache_length(settings) // 2 * bytes_per_position(CONFIG, jnp.dtype(cache)) // tensor
+    divided = tensor if heads_divide(CONFIG, mesh) else 1
+    filled = slots * cache_length(settings) // 2 * bytes_per_position(CONFIG, jnp.dtype(cache)) // divided
     passes = True
     for program, low in lowered.items():
         start = time.perf_counter()
@@ -149,15 +200,22 @@ def main() -> None:
     parser.add_argument("chips", nargs="*", default=list(CHIPS))
     parser.add_argument("--cache", choices=("bfloat16", "int8"), default="bfloat16")
     parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--attention", choices=("auto", "windows", "kernel"), default="auto")
+    parser.add_argument("--shapes", action="store_true", help="the kernel alone, over shapes of other models")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    if args.shapes:
+        columns = ["chip", "heads", "kv heads", "width", "positions", "cache", "block", "verdict"]
+        print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
+        compiled = [compile_shapes(chip) for chip in args.chips]
+        sys.exit(0 if all(compiled) else 1)
     titles = (
         "chip|program|slots|compiled in|arguments, GiB|cache|aliased|temporaries|of the cache|copies|verdict"
     )
     columns = [*titles.split("|"), "least time of a step"]
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
-    passed = [compile_for(chip, args.cache, args.tensor) for chip in args.chips]
+    passed = [compile_for(chip, args.cache, args.tensor, args.attention) for chip in args.chips]
     sys.exit(0 if all(passed) else 1)
 
 

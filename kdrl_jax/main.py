@@ -225,15 +225,24 @@ def run_export(config: Config, options: ExportOptions, is_run: bool) -> None:
 
 def _take_cpu_apart(config: Config) -> None:
     """Before JAX starts its devices, which are then what they are."""
-    if config.mesh.cpu_devices is not None:
-        import jax
+    number = config.mesh.cpu_devices
+    if number is None:
+        return
+    import jax
 
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:
+        if jax.default_backend() == "cpu" and jax.device_count() != number:
+            raise ConfigError(
+                f"mesh.cpu_devices={number}, but JAX has started with {jax.device_count()} in this process"
+            ) from None
 
 
 def _run(call: Invocation) -> int:
     config, is_run = load(call)
-    _take_cpu_apart(config)
+    if call.command != "report":
+        _take_cpu_apart(config)
     if call.options is not None:
         end_on_signals()
         if isinstance(call.options, SampleOptions):
@@ -259,8 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
                 raise TrainingError(
-                    f"out of device memory ({str(error).splitlines()[0]}); lower train.microbatch_rows, "
-                    "rollout.group_size or rollout.max_new_tokens, or set train.remat=true"
+                    f"out of device memory ({str(error).splitlines()[0]}); while sampling, lower "
+                    "rollout.slots_per_device or rollout.max_new_tokens, or raise mesh.tensor; while "
+                    "updating, lower train.microbatch_rows or set train.remat=true"
                 ) from error
             raise
     except Ended as ended:

@@ -143,7 +143,6 @@ def make_engine(config: Config, options: SampleOptions, single: SingleModel, num
         pad_id=tokenizer.pad_id,
         decode_chunk=_CHUNK,
         sampler=eval_sampler(config.eval, greedy=options.greedy),
-        slots=1,
         cache_dtype=cache_type(config.rollout.cache_dtype, single.model.compute_dtype, single.mesh),
         attention=config.rollout.attention,
     )

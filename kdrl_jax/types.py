@@ -47,7 +47,7 @@ class Rollouts:
     completion_lengths_B: jax.Array
     """int32: tokens sampled, the end token included."""
     ended_B: jax.Array
-    """bool: an end token was sampled (False: truncated)."""
+    """bool: an end token was sampled, or a text of rollout.stop (False: truncated)."""
     sampler_logprobs_BT: jax.Array
     """float32: the engine's log-probability of each completion token; 0 elsewhere."""
 

@@ -456,6 +456,11 @@ CONTRADICTIONS = [
     ),
     (["rollout.length_limit=500"], "must stay between 1 and rollout.max_new_tokens=128"),
     (["rollout.length_limit=0"], "rollout.length_limit goes from 0 to 0, but must stay between 1"),
+    ([*DATASET, "rollout.length_limit=5"], "rollout.length_limit="),
+    (
+        ["rollout.stop=['x']", "kd.coef=1", "kd.end_token=false", *TEACHER],
+        "kd.end_token=false leaves out the last token",
+    ),
     (["rollout.stop=['x', '']"], "rollout.stop holds an empty text"),
     (["eval.min_new_tokens=129"], "eval.min_new_tokens=129 is above rollout.max_new_tokens=128"),
     (

@@ -4,6 +4,7 @@ is compiled."""
 import dataclasses
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -22,7 +23,7 @@ from kdrl_jax.models.head import head_logits
 from kdrl_jax.rollout import prefill as prefill_module
 from kdrl_jax.rollout.decode import Call
 from kdrl_jax.rollout.engine import Engine, Programs
-from kdrl_jax.rollout.kernel import Kernel
+from kdrl_jax.rollout.kernel import Kernel, block_size
 from kdrl_jax.rollout.memory import choose_slots
 from kdrl_jax.rollout.prefill import prefill, prefix_length
 from kdrl_jax.rollout.queue import take_rows
@@ -182,14 +183,14 @@ WAYS = {
     "one by one": lambda length: Windows(1, length),
     "in groups": lambda length: Windows(3, length),
     "all in one": lambda length: Windows(6, length),
-    "kernel": lambda length: Kernel(length, interpret=True),
+    "kernel": lambda length: Kernel(length, min(length, 256), interpret=True),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize(("softcap", "sees"), [(None, None), (2.0, 70), (None, 1), (None, 200)])
-@pytest.mark.parametrize("length", [192, 1024])
+@pytest.mark.parametrize("length", [256, 1024])
 def test_slots_read_what_the_plain_way_reads(way, dtype, softcap, sees, length):
     cache, qkv, how = cache_and_step(dtype, length, softcap, sees)
     at = jnp.array([length - 1, 0, 63, 64, 130, 1])
@@ -213,12 +214,39 @@ def test_slots_read_what_the_plain_way_reads(way, dtype, softcap, sees, length):
 
 def test_the_kernel_reads_the_filled_blocks_alone():
     at = jnp.array([0, 511, 512, 1535])
-    plan = Kernel(1536, interpret=True).plan(at)
+    plan = Kernel(1536, 512, interpret=True).plan(at)
     assert int(plan.num_pieces) == 1 + 1 + 2 + 3
     assert plan.rows_W[:7].tolist() == [0, 1, 2, 2, 3, 3, 3]
     assert plan.blocks_W[:7].tolist() == [0, 0, 0, 1, 0, 1, 2]
     assert int(plan.blocks_W.max()) < 3  # those that mean nothing are no wild addresses
     assert int(plan.rows_W.max()) < 4
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "width", "dtype", "wanted"),
+    [
+        (8192, 2, 128, "bfloat16", 512),
+        (8192, 2, 128, "int8", 512),
+        (64, 2, 64, "int8", 64),
+        (640, 2, 128, "bfloat16", 128),  # divides
+        (8192, 32, 128, "bfloat16", 256),  # Llama 2 7B
+        (8192, 16, 256, "bfloat16", 256),  # Gemma 7B
+        (8192, 16, 64, "float32", 256),  # padded to 128
+        (8192, 64, 256, "float32", 128),
+    ],
+)
+def test_blocks_fit_the_chip_and_the_cache(length, heads, width, dtype, wanted):
+    assert block_size(length, heads, width, dtype) == wanted
+
+
+@pytest.mark.parametrize("new", [1, 50, 120, 300, 4000, 5000, 30_000])
+def test_any_cache_has_whole_windows_and_blocks(new):
+    length = cache_length(engine_settings(max_new_tokens=new))
+    assert length >= 9 + new - 1
+    assert length <= 9 + new - 1 + (512 if new > 4000 else 128)
+    assert length % 64 == 0
+    assert length % block_size(length, 2, 64, "int8") == 0
+    assert new < 4000 or block_size(length, 2, 64, "int8") >= 128
 
 
 @pytest.mark.parametrize("length", [10, 64, 65, 700, 8192])
@@ -270,7 +298,7 @@ def prompts_of(prompts):
 
 
 @pytest.mark.parametrize("chunk", [4, 16, 512])
-@pytest.mark.parametrize("num_prompts", [1, 6, 8])
+@pytest.mark.parametrize("num_prompts", [1, 5, 6, 8])
 def test_prefill_is_one_pass_over_each_prompt(chunk, num_prompts, monkeypatch):
     monkeypatch.setattr(prefill_module, "CHUNK", chunk)
     monkeypatch.setattr(prefill_module, "TOKENS", 4 * chunk)
@@ -287,6 +315,30 @@ def test_prefill_is_one_pass_over_each_prompt(chunk, num_prompts, monkeypatch):
     for i, n in enumerate(lengths):
         np.testing.assert_allclose(got.keys[:, i, :, :n], wanted.keys[:, i, :, :n], atol=1e-5)
         np.testing.assert_allclose(got.values[:, i, :, :n], wanted.values[:, i, :, :n], atol=1e-5)
+
+
+def test_prompts_at_once():
+    assert prefill_module.prefill_rows(15, 64, 12) == 15
+    assert prefill_module.prefill_rows(100, 64, 12) == 64
+    assert prefill_module.prefill_rows(64, 1024, 12) == 8
+    assert prefill_module.prefill_rows(64, 8192, 12) == 1  # its scores
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4}], ids=str)
+def test_shards_with_prompts_of_other_lengths_prefill_them_whole(axes, monkeypatch):
+    """In chunks, of which shards have different numbers."""
+    prompts = drawn_prompts([WIDTH, 10, 1, 2, 7, 3, 1, 1], range(8))
+    s = engine_settings(num_prompts=8, max_prompt_tokens=WIDTH, end_ids=(1, 2))
+    plain = Engine(MODEL, s, MESH).generate(PARAMS, prompts, KEY)
+    monkeypatch.setattr(prefill_module, "CHUNK", 4)
+    monkeypatch.setattr(prefill_module, "TOKENS", 8)
+    mesh = sharding.make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
+    params = jax.tree.map(
+        lambda x, dims: jax.device_put(x, sharding.sharding(dims, x.shape, mesh)), PARAMS, MODEL.dims
+    )
+    for attention in ("windows", "kernel"):
+        r = Engine(MODEL, dataclasses.replace(s, attention=attention), mesh).generate(params, prompts, KEY)
+        np.testing.assert_array_equal(r.tokens_BT, plain.tokens_BT)
 
 
 def test_prefill_does_not_grow_with_the_group():
@@ -324,10 +376,13 @@ def compiled_chunk(mesh, slots, **changes):
 def copies_of(text, shape):
     """Instructions of a compiled program that copy an array of this shape."""
     wanted = ",".join(map(str, shape))
-    return [line.strip() for line in text.splitlines() if re.search(rf"\[{wanted}\]\S* copy\(", line)]
+    moves = rf"\[{wanted}\]\S* (copy|copy-start|all-gather|all-to-all|collective-permute)\("
+    return [line.strip() for line in text.splitlines() if re.search(moves, line)]
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str
+)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"cache_dtype": "int8"}],
@@ -340,12 +395,14 @@ def test_the_cache_is_written_in_place_and_never_copied(axes, changes):
     carry, compiled = compiled_chunk(mesh, slots, **changes)
     # The part of one device: what its program says.
     layers, _, heads, positions, width = carry.cache.keys.shape
-    local = (layers, slots, heads // axes.get("tensor", 1), positions, width)
+    divided = math.gcd(heads, axes.get("tensor", 1)) if axes.get("tensor", 1) <= heads else 1
+    local = (layers, slots, heads // divided, positions, width)
     text = compiled.as_text()
     assert ",".join(map(str, local)) in text
     assert copies_of(text, local) == []
     assert copies_of(text, local[:4]) == []
-    size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(carry.cache)) // num
+    arrays = jax.tree.leaves(carry.cache)
+    size = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in arrays)
     stats = compiled.memory_analysis()
     assert stats.alias_size_in_bytes > size
     assert stats.temp_size_in_bytes < 0.1 * size

@@ -100,8 +100,14 @@ def _check_unread(c: "Config") -> None:
         fields = type(c.rollout).model_fields
         for name in ("length_limit", "stop", "slots_per_device", "cache_dtype", "attention"):
             value = getattr(c.rollout, name)
-            if value != fields[name].default and not c.data.eval:
+            evaluated = c.data.eval and name != "length_limit"
+            if value != fields[name].default and not evaluated:
                 raise ValueError(f"rollout.{name}={value}, but rollout.source=dataset samples nothing")
+    if c.rollout.stop and kd and not c.kd.end_token:
+        raise ValueError(
+            "kd.end_token=false leaves out the last token of completions that have ended, which with "
+            "rollout.stop is text; use one of them"
+        )
     if c.reward.overlong_buffer and not rl:
         raise ValueError(f"reward.overlong_buffer={c.reward.overlong_buffer} is a reward, but rl.coef is 0")
     if any(s.teacher for s in c.data.eval):

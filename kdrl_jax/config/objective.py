@@ -37,7 +37,7 @@ class RLConfig(Section):
     arXiv 2602.22495): (pi/pi_old)^share (pi/pi_T)^(1 - share). 1 is the plain ratio. `ppo` only."""
     denominator: Denominator = "tokens"
     truncated: Flag = True
-    """Whether completions cut at rollout.max_new_tokens are trained on."""
+    """Whether completions that were cut off for length are trained on."""
     resample_rounds: Annotated[int, Field(strict=True, ge=0, le=16)] = 0
     """Further rounds of sampling, at most, to replace groups whose answers are all rewarded alike (DAPO's
     dynamic sampling; what comes off for length is left aside). Of the replaced groups as many still distil
@@ -76,7 +76,7 @@ class KDConfig(Section):
     end_token: Flag = True
     """Whether the final end token is distilled (turn off when end tokens differ in meaning)."""
     truncated: Flag = True
-    """Whether completions cut at rollout.max_new_tokens are distilled."""
+    """Whether completions that were cut off for length are distilled."""
     max_abs_logratio: AboveZero | None = None
     """Bound on log pi_S - log pi_T inside k1, k2 and score_function, and inside rl.anchor_share; counted in
     `kd/clip_frac`."""

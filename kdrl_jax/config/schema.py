@@ -24,9 +24,10 @@ class RolloutConfig(Section):
     """Tokens that a completion may have; what is compiled has room for so many."""
     length_limit: Schedule | None = None
     """Tokens that a completion may have at a step, from 1 to max_new_tokens: a curriculum of length, or
-    null for max_new_tokens always. Changes speed and what counts as truncated."""
+    null for max_new_tokens always. Evaluations always have max_new_tokens."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion beside the tokenizer's end tokens; what follows is cut off on the host."""
+    """Texts that end a completion beside the tokenizer's end tokens; what follows the token that completes
+    one is cut off on the host."""
     temperature: Schedule = constant(1.0)
     """Divides the logits of sampler, student and teacher alike, so that all mean one policy.
     Training samples the full distribution; top-k and top-p exist for evaluation only."""
@@ -56,7 +57,7 @@ class RewardConfig(Section):
     time_limit_s: AboveZero = 2.0
     """A worker that needs longer for one answer is killed and replaced; the answer scores 0."""
     overlong_buffer: Count = 0
-    """Completions that come within so many tokens of rollout.max_new_tokens lose reward, in proportion
+    """Completions that come within so many tokens of what they may have lose reward, in proportion
     (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13); 0: none do."""
     overlong_penalty: AboveZero = 1.0
     """What the longest lose."""
@@ -110,9 +111,9 @@ class MeshConfig(Section):
     fsdp: Int = -1
     tensor: Int = 1
     cpu_devices: Positive | None = None
-    """Devices that a CPU is taken apart into, one per core at most: each samples and trains on its own rows,
-    which uses the cores better than products shared between them (sampling on two cores: 1.4 times as
-    fast, `benchmarks/rollout.py`). null: what JAX makes of it, one. Nothing to TPUs and GPUs."""
+    """Devices that a CPU is taken apart into, best one per core: each samples and trains on its own rows,
+    which uses the cores better than products shared between them (`benchmarks/rollout.py`). null: what JAX
+    makes of it, one. Nothing to TPUs and GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":

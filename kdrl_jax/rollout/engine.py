@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kdrl_jax import sharding
 from kdrl_jax.models.cache import KVCache, empty_cache
 from kdrl_jax.models.decoder import Model
-from kdrl_jax.rollout.attention import attend_maker, heads_divide
+from kdrl_jax.rollout.attention import attend_maker, heads_divide, on_own_heads
 from kdrl_jax.rollout.decode import Call, decode_steps
 from kdrl_jax.rollout.memory import choose_slots
 from kdrl_jax.rollout.prefill import prefill, prefix_length
@@ -135,7 +135,8 @@ class Engine:
         while num_running:
             with jax.set_mesh(self.mesh):
                 carry, progress = programs.chunk(weights, carry, call)
-            num_tokens, num_running, slot_steps = (int(x) for x in jax.device_get(progress))
+            num_tokens, num_running, steps = (int(x) for x in jax.device_get(progress))
+            slot_steps = steps * programs.slots * programs.shards
             yield Chunk(carry, num_tokens, num_running, 1 - num_tokens / slot_steps)
 
     def rollouts(self, carry: Carry) -> Rollouts:
@@ -159,9 +160,7 @@ class Programs:
     def __init__(self, model: Model, settings: EngineSettings, mesh: Mesh, slots: int):
         self.model, self.settings, self.mesh, self.slots = model, settings, mesh, slots
         self.shards = sharding.batch_shards(mesh)
-        self.make_attend = attend_maker(
-            settings.attention, slots, cache_length(settings), model.config.num_kv_heads, mesh
-        )
+        self.make_attend = attend_maker(settings, slots, model.config, mesh)
         rows, whole = PartitionSpec(sharding.ROWS), PartitionSpec()
         of_cache = PartitionSpec(None, sharding.ROWS)
         held = KVCache(of_cache, of_cache)  # type: ignore[arg-type]
@@ -198,7 +197,7 @@ class Programs:
 
     def _place(self, spec: PartitionSpec, is_cache: bool) -> NamedSharding:
         """Of an array; a cache's heads lie over `tensor` where it divides them."""
-        if is_cache and heads_divide(self.model.config.num_kv_heads, self.mesh):
+        if is_cache and heads_divide(self.model.config, self.mesh):
             spec = PartitionSpec(*spec, "tensor")
         return NamedSharding(self.mesh, spec)
 
@@ -208,7 +207,14 @@ class Programs:
         num_prompts, dtype = tokens_PT.shape[0], jnp.dtype(s.cache_dtype)
         num_rows = num_prompts * s.group_size
         prefixes = empty_cache(config, num_prompts, prefix_length(s.max_prompt_tokens), dtype)
-        prefixes = prefill(self.model.bind(params), tokens_PT, lengths_P, prefixes)
+        prefixes = prefill(
+            self.model.bind(params),
+            tokens_PT,
+            lengths_P,
+            prefixes,
+            on_own_heads=lambda attend: on_own_heads(attend, config, self.mesh),
+            longest_anywhere=self._anywhere,
+        )
         tokens = jnp.repeat(tokens_PT, s.group_size, axis=0)
         tokens = jnp.pad(tokens, ((0, 0), (0, s.max_new_tokens)), constant_values=s.pad_id)
         return Carry(
@@ -226,7 +232,7 @@ class Programs:
 
     def _chunk(self, params: Params, carry: Carry, call: Call) -> tuple[Carry, jax.Array]:
         """Some steps of one shard; and int32 [3] of all shards: completion tokens so far, rows that are
-        not done, steps of slots so far."""
+        not done, steps of the shard that has made most."""
         num_rows = carry.counts_B.shape[0]
         carry = decode_steps(
             self.model.bind(params),
@@ -234,19 +240,17 @@ class Programs:
             call,
             carry,
             make_attend=self.make_attend,
-            anywhere=self._anywhere,
+            anywhere=lambda flag: self._anywhere(flag.astype(jnp.int32)) > 0,
         )
         running = jnp.sum(carry.row_of_slot < num_rows) + num_rows - carry.next_row[0]
-        steps = jax.lax.pmax(carry.steps[0], sharding.ROWS) * self.slots * self.shards
+        steps = jax.lax.pmax(carry.steps[0], sharding.ROWS)
         sums = jax.lax.psum(jnp.stack([jnp.sum(carry.counts_B), running]), sharding.ROWS)
         return carry, jnp.append(sums, steps)
 
-    def _anywhere(self, flag: jax.Array) -> jax.Array:
-        """A shard steps on its own, and stops when it is empty; with `tensor`, whose devices talk in each
-        step, all shards step together."""
-        if self.mesh.shape["tensor"] == 1:
-            return flag
-        return jax.lax.pmax(flag.astype(jnp.int32), sharding.ROWS) > 0
+    def _anywhere(self, count: jax.Array) -> jax.Array:
+        """The largest count of the shards that step together: a shard alone, which stops when it is done;
+        with `tensor`, whose devices talk in each step, all of them."""
+        return count if self.mesh.shape["tensor"] == 1 else jax.lax.pmax(count, sharding.ROWS)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

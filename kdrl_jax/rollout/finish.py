@@ -29,11 +29,14 @@ def stop_length(
     ids: Sequence[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str]
 ) -> int | None:
     """Tokens up to and including the one that completes the first stop text; None without one."""
-    if not any(stop in decode(ids) for stop in stops):
+
+    def has_stop(n: int) -> bool:
+        text = decode(ids[:n])
+        return any(stop in text for stop in stops)
+
+    if not stops or not has_stop(len(ids)):
         return None
-    return 1 + bisect.bisect_left(
-        range(1, len(ids)), True, key=lambda n: any(stop in decode(ids[:n]) for stop in stops)
-    )
+    return 1 + bisect.bisect_left(range(1, len(ids)), True, key=has_stop)
 
 
 def cut_at_stops(

@@ -19,10 +19,26 @@ from jax.experimental.pallas import tpu as pltpu
 from kdrl_jax.models.attention import soft_cap
 from kdrl_jax.models.cache import KVCache
 
-BLOCKS = (512, 256, 128, 64)
-"""Positions read at once: the largest that divides the cache's length."""
 _LANES = 128
+_BLOCKS = (512, 256, 128)
+_VMEM = 8 * 2**20
+"""Bytes of blocks that are held at once: keys and values, and of each the next while one is used."""
 _LOWEST = -1e30
+
+
+def block_size(length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> int:
+    """Positions to read at once: the most that divide the cache's length and fit the chip's near memory.
+
+    Args:
+        length: a multiple of 128, or below.
+        num_kv_heads: on each device.
+    """
+    if length <= _LANES:
+        return length
+    # 8 bits are widened before they are multiplied.
+    vector = -(-head_dim // _LANES) * _LANES * max(jnp.dtype(dtype).itemsize, 2)
+    most = max(_VMEM // (4 * num_kv_heads * vector), _BLOCKS[-1])
+    return next(size for size in _BLOCKS if length % size == 0 and size <= most)
 
 
 @jax.tree_util.register_dataclass
@@ -42,14 +58,11 @@ class Kernel:
     """Attention block by block."""
 
     length: int
-    """Positions of the cache, a multiple of 64."""
+    """Positions of the cache."""
+    block: int
+    """Positions of a piece; it divides them."""
     interpret: bool
     """Runs the kernel as plain operations, on any platform."""
-
-    @property
-    def block(self) -> int:
-        """Positions of a piece."""
-        return next(size for size in BLOCKS if self.length % size == 0)
 
     def plan(self, positions_B: jax.Array) -> Work:
         """What all layers of a step share: each slot's new token is at its position."""

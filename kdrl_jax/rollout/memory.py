@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from kdrl_jax.models.cache import bytes_per_position
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.rollout.attention import heads_divide
-from kdrl_jax.rollout.prefill import TOKENS, prefix_length
+from kdrl_jax.rollout.prefill import CHUNK, prefill_rows, prefix_length
 from kdrl_jax.rollout.settings import EngineSettings, cache_length
 from kdrl_jax.sharding import batch_shards
 
 MOST_ON_CPU = 32
 """Over the devices that a host's CPU is taken apart into: more buy little, and the last ones to end leave
 more of them idle."""
+_UNKNOWN = 1 << 50
 _SHARE = 0.9
 """Of the free memory: the rest is for what the compiler and the allocator need."""
 
@@ -63,11 +64,18 @@ def _needs(config: DecoderConfig, settings: EngineSettings, mesh: Mesh) -> tuple
     if mesh.devices.flat[0].platform == "tpu":
         # A TPU keeps vectors in whole registers of 128.
         position = position * -(-config.head_dim // 128) * 128 // config.head_dim
-    if heads_divide(config.num_kv_heads, mesh):
+    divide = heads_divide(config, mesh)
+    if divide:
         position //= tensor
-    prefill = TOKENS * (4 * config.embed_dim + 3 * config.mlp_dim // tensor) * 4
-    fixed = prompts * prefix_length(settings.max_prompt_tokens) * position + 8 * rows * width + prefill
-    logits = 3 * 4 * config.vocab_size // tensor
+    prefix = prefix_length(settings.max_prompt_tokens)
+    chunk = min(prefix, CHUNK)
+    at_once = chunk * prefill_rows(prompts, prefix, config.num_heads)
+    heads = config.num_heads // (tensor if divide else 1)
+    # Activations in float32, and two arrays of attention scores.
+    prefill = at_once * 4 * (4 * config.embed_dim + 3 * config.mlp_dim // tensor + 2 * heads * prefix)
+    fixed = prompts * prefix * position + 8 * rows * width + prefill
+    # Whole, and not over `tensor`, while a token is drawn.
+    logits = 3 * 4 * config.vocab_size
     return fixed, cache_length(settings) * position + logits
 
 
@@ -82,8 +90,9 @@ def _free_bytes(mesh: Mesh) -> int:
     if local[0].platform == "cpu":
         least = _host_bytes() // len(local)
     else:
-        stats = [d.memory_stats() for d in local]
-        least = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+        stats = [d.memory_stats() or {} for d in local]
+        # A device that does not tell is taken at the user's word.
+        least = min(s.get("bytes_limit", _UNKNOWN) - s.get("bytes_in_use", 0) for s in stats)
     if jax.process_count() > 1:
         least = int(np.min(multihost_utils.process_allgather(np.int64(least))))
     return least
@@ -93,7 +102,7 @@ def _host_bytes() -> int:
     """Memory that processes can still have; without Linux's file, enough not to matter."""
     file = Path("/proc/meminfo")
     if not file.exists():
-        return 1 << 50
+        return _UNKNOWN
     lines = dict(line.split(":") for line in file.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kdrl_jax.models.cache import KVCache
-from kdrl_jax.rollout.attention import Attention
 from kdrl_jax.rollout.prefill import prefix_length
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.rollout.windows import SMALLEST
 
 CacheType = Literal["float32", "bfloat16", "int8"]
+Attention = Literal["auto", "windows", "kernel"]
 
 
 def cache_type(setting: str, compute_dtype: Any, mesh: Mesh) -> CacheType:
@@ -46,13 +46,16 @@ class EngineSettings:
     cache_dtype: CacheType = "float32"
     """How keys and values are held."""
     attention: Attention = "auto"
-    """How slots read the cache; `auto` is the kernel on TPUs, where the heads divide."""
+    """How slots read the cache; `auto` is the kernel on TPUs."""
 
 
 def cache_length(settings: EngineSettings) -> int:
-    """Positions of a slot: of the longest row but its last token, in whole windows, and of a prefix."""
+    """Positions of a slot: of the longest row but its last token, and of a prefix, in whole windows and in
+    blocks that the kernel can read many of at once."""
     longest = settings.max_prompt_tokens + settings.max_new_tokens - 1
-    return max(-(-longest // SMALLEST) * SMALLEST, prefix_length(settings.max_prompt_tokens))
+    longest = max(longest, prefix_length(settings.max_prompt_tokens))
+    step = SMALLEST if longest <= 128 else 128 if longest <= 4096 else 512
+    return -(-longest // step) * step
 
 
 @jax.tree_util.register_dataclass

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kdrl_jax import sharding
 from kdrl_jax.models.decoder import Model
@@ -20,7 +20,7 @@ def decode_layout(model: Model, abstract: Params, mesh: Mesh) -> Params:
 
     def leaf(path: tuple[Any, ...], x: Any, dims: str) -> jax.ShapeDtypeStruct:
         stays = x.dtype == jnp.int8 or str(path[-1].key).endswith(("norm", "_scale"))
-        place = NamedSharding(mesh, sharding.spec(dims, x.shape, mesh, sharding.DECODE_RULES))
+        place = sharding.sharding(dims, x.shape, mesh, sharding.DECODE_RULES)
         return jax.ShapeDtypeStruct(x.shape, x.dtype if stays else model.compute_dtype, sharding=place)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract, model.dims)

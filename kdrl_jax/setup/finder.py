@@ -55,13 +55,23 @@ class Finder:
 
 def choose_tokenizer(config: Config, finder: Finder, own: dict[Role, Tokenizer | None]) -> Tokenizer:
     """The run's: the one that the config names, or else the first that a model brings, the student's before
-    the teachers'."""
+    the teachers'.
+
+    Raises:
+        ValueError: there is none, or a text of rollout.stop is none to it.
+    """
     if config.tokenizer.kind != "model":
-        return finder.tokenizer(config.tokenizer)
-    tokenizer = next((t for t in own.values() if t is not None), None)
+        tokenizer: Tokenizer | None = finder.tokenizer(config.tokenizer)
+    else:
+        tokenizer = next((t for t in own.values() if t is not None), None)
     if tokenizer is None:
         raise ValueError(
             "tokenizer.kind=model takes the tokenizer of a model, but student and teacher have random "
             "weights; set tokenizer.kind to char, or to file with tokenizer.path"
+        )
+    if special := set(config.rollout.stop) & set(tokenizer.special_strings):
+        raise ValueError(
+            f"rollout.stop holds {', '.join(map(repr, sorted(special)))}, which is a special token: no "
+            "completion's text has it; leave it out (the tokenizer's end tokens end completions anyway)"
         )
     return tokenizer
