@@ -243,9 +243,23 @@ FAULTS = (
     Fault(
         "slots that wait for another shard count as busy",
         "rollout/engine.py",
-        "steps = jax.lax.pmax(carry.steps[0], sharding.ROWS) * self.slots * self.shards",
-        "steps = jax.lax.psum(carry.steps[0], sharding.ROWS) * self.slots",
+        "steps = jax.lax.pmax(carry.steps[0], sharding.ROWS)",
+        "steps = jax.lax.psum(carry.steps[0], sharding.ROWS) // self.shards",
         f"{ROLLOUT} -k end_early",
+    ),
+    Fault(
+        "heads that do not divide over tensor are left to the compiler",
+        "rollout/attention.py",
+        "attend = on_own_heads(how.attend, config, mesh)",
+        "attend = on_own_heads(how.attend, config, mesh) if heads_divide(config, mesh) else how.attend",
+        f"{SLOTS} -k never_copied",
+    ),
+    Fault(
+        "a later chunk of a prompt reads the first one alone",
+        "rollout/prefill.py",
+        "sizes = range(chunk, cache.length + 1, chunk)",
+        "sizes = [chunk] * (cache.length // chunk)",
+        f"{SLOTS} -k 'one_pass or prefill_them_whole'",
     ),
     Fault(
         "the token that completes a stop text is cut off",

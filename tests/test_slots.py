@@ -446,7 +446,7 @@ def test_slots_that_were_asked_for_fit_or_are_refused():
     assert choose_slots(CONFIG, s, MESH, free=GIB) == 5
     assert choose_slots(CONFIG, dataclasses.replace(s, slots=100), MESH, free=GIB) == 8  # all rows
     assert choose_slots(CONFIG, s, MESH) == 5  # of this machine
-    with pytest.raises(ValueError, match=r"0.0001 GiB are free, and rollout.slots_per_device=5 does not fit"):
+    with pytest.raises(ValueError, match=r"104.9 KiB are free, and rollout.slots_per_device=5 does not fit"):
         choose_slots(CONFIG, s, MESH, free=GIB // 10_000)
 
 

@@ -44,9 +44,9 @@ def choose_slots(config: DecoderConfig, settings: EngineSettings, mesh: Mesh, fr
     if fits < (wanted if settings.slots else 1):
         asked = f"rollout.slots_per_device={settings.slots}" if settings.slots else "one slot"
         raise ValueError(
-            f"sampling needs {_gib(fixed)} on each device for prompts and workspace, and {_gib(each)} for "
-            f"each slot of {cache_length(settings)} positions in {settings.cache_dtype}; {_gib(free)} are "
-            f"free, and {asked} does not fit. Lower rollout.max_new_tokens, data.max_prompt_tokens or "
+            f"sampling needs {_size(fixed)} on each device for prompts and workspace, and {_size(each)} "
+            f"for each slot of {cache_length(settings)} positions in {settings.cache_dtype}; {_size(free)} "
+            f"are free, and {asked} does not fit. Lower rollout.max_new_tokens, data.max_prompt_tokens or "
             "train.prompts_per_iteration, use rollout.cache_dtype=int8, or give devices to mesh.tensor"
         )
     if settings.slots or fits >= wanted:
@@ -107,5 +107,9 @@ def _host_bytes() -> int:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def _size(number: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} GiB"
