@@ -30,6 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from kdrl_jax import sharding
+from kdrl_jax.models.attention import ScoreRules
 from kdrl_jax.models.cache import bytes_per_position, empty_cache
 from kdrl_jax.models.decoder import make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
@@ -92,7 +93,7 @@ def compile_shapes(chip: str) -> bool:
             config = DecoderConfig(128, 64, 64, 2, heads, kv_heads, width)
             length = -(-positions // 128) * 128
             kernel = Kernel(length, block_size(length, kv_heads, width, dtype), interpret=False)
-            how = {"window": jnp.int32(100), "scale": width**-0.5, "softcap": 50.0}
+            rules = ScoreRules(jnp.int32(100), width**-0.5, 50.0)
             slots, float_type = 8, jnp.float32 if dtype == "float32" else jnp.bfloat16
             arguments = (
                 jax.eval_shape(functools.partial(empty_cache, config, slots, length, jnp.dtype(dtype))),
@@ -101,8 +102,8 @@ def compile_shapes(chip: str) -> bool:
             )
             placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
 
-            def attend(cache: Any, at: Any, *qkv: Any, kernel: Any = kernel, how: Any = how) -> Any:
-                return kernel.attend(kernel.plan(at), cache, jnp.int32(1), *qkv, **how)
+            def attend(cache: Any, at: Any, *qkv: Any, kernel: Any = kernel, rules: Any = rules) -> Any:
+                return kernel.attend(kernel.plan(at), cache, jnp.int32(1), *qkv, rules)
 
             whole = PartitionSpec()
             on_chip = jax.shard_map(attend, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)

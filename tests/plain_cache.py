@@ -9,14 +9,14 @@ from kdrl_jax.models.cache import empty_cache
 def attend_plainly(positions):
     """`AttendCached` for new tokens at `positions`: [B] anywhere, or [B, C] from 0 on."""
 
-    def attend(cache, layer, q, k, v, **how):
+    def attend(cache, layer, q, k, v, rules):
         if positions.ndim == 1:
             cache = cache.write_columns(layer, positions, k, v)
             held = cache.read_rows(layer, jnp.arange(len(positions)), cache.length)
-            return cached_attention(q[:, None], held, positions[:, None], **how)[:, 0], cache
+            return cached_attention(q[:, None], held, positions[:, None], rules)[:, 0], cache
         cache = cache.write_block((layer, 0, 0, 0), k.swapaxes(1, 2), v.swapaxes(1, 2))
         held = cache.read_rows(layer, jnp.arange(len(positions)), cache.length)
-        return cached_attention(q, held, positions, **how), cache
+        return cached_attention(q, held, positions, rules), cache
 
     return attend
 

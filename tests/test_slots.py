@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kdrl_jax import sharding
 from kdrl_jax.config import MeshConfig
+from kdrl_jax.models.attention import ScoreRules
 from kdrl_jax.models.cache import KVCache, bytes_per_position, empty_cache, quantize_vectors
 from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.models.head import head_logits
@@ -175,8 +176,8 @@ def cache_and_step(dtype, length, softcap=None, sees=None, num_rows=6):
         cache = KVCache(k, v, k_scales, v_scales)
     shapes = [(num_rows, CONFIG.num_heads, CONFIG.head_dim)] + [(num_rows, 2, CONFIG.head_dim)] * 2
     qkv = [jax.random.normal(k, shape) for k, shape in zip(keys[2:], shapes, strict=True)]
-    how = {"window": None if sees is None else jnp.int32(sees), "scale": 0.35, "softcap": softcap}
-    return cache, qkv, how
+    rules = ScoreRules(None if sees is None else jnp.int32(sees), 0.35, softcap)
+    return cache, qkv, rules
 
 
 WAYS = {
@@ -192,13 +193,13 @@ WAYS = {
 @pytest.mark.parametrize(("softcap", "sees"), [(None, None), (2.0, 70), (None, 1), (None, 200)])
 @pytest.mark.parametrize("length", [256, 1024])
 def test_slots_read_what_the_plain_way_reads(way, dtype, softcap, sees, length):
-    cache, qkv, how = cache_and_step(dtype, length, softcap, sees)
+    cache, qkv, rules = cache_and_step(dtype, length, softcap, sees)
     at = jnp.array([length - 1, 0, 63, 64, 130, 1])
     layer = jnp.int32(1)
-    wanted, written = plain_cache.attend_plainly(at)(cache, layer, *qkv, **how)
+    wanted, written = plain_cache.attend_plainly(at)(cache, layer, *qkv, rules)
     how_it_reads = WAYS[way](length)
     attend = jax.jit(
-        lambda cache, *qkv: how_it_reads.attend(how_it_reads.plan(at), cache, layer, *qkv, **how)
+        lambda cache, *qkv: how_it_reads.attend(how_it_reads.plan(at), cache, layer, *qkv, rules)
     )
     out, ours = attend(cache, *qkv)
     np.testing.assert_allclose(out, wanted, atol=1e-5)

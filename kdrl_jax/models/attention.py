@@ -4,10 +4,25 @@ Both take what families differ in: the scale of the scores, a soft cap on them, 
 Whole rows may hold several segments, which do not see each other.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from kdrl_jax.models.cache import KVCache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoreRules:
+    """What families differ in, of how queries weigh keys."""
+
+    window: jax.Array | None
+    """int32 scalar; positions at least so far back are not seen. None sees all."""
+    scale: float = dataclasses.field(metadata={"static": True})
+    """Of the products."""
+    softcap: float | None = dataclasses.field(metadata={"static": True})
+    """Bound on |score|."""
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -26,28 +41,25 @@ def full_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
+    rules: ScoreRules,
     *,
-    scale: float,
-    softcap: float | None,
-    window: jax.Array | None,
     segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Every position over the positions up to it; returns [B, T, N, H].
 
     Args:
-        window: int32 scalar; positions at least so far back are not seen. None sees all.
         segment_ids_BT: only positions of the same id are seen. Padding (0) sees padding, its own position
             at least, so that no softmax is over nothing. None is one segment.
     """
-    if softcap is None and window is None and segment_ids_BT is None:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=scale)
+    if rules.softcap is None and rules.window is None and segment_ids_BT is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=rules.scale)
     b, t, n, h = q_BTNH.shape
     k = k_BTKH.shape[2]
     q = q_BTNH.reshape(b, t, k, n // k, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BTKH, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BTKH, preferred_element_type=jnp.float32) * rules.scale
     back = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
-    scores = soft_cap(scores, softcap)
-    seen = _seen(back, window)
+    scores = soft_cap(scores, rules.softcap)
+    seen = _seen(back, rules.window)
     if segment_ids_BT is not None:
         seen = (seen & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]))[:, None, None]
     weights = _softmax(scores, seen)
@@ -58,10 +70,7 @@ def cached_attention(
     q_BCNH: jax.Array,
     cache: KVCache,
     positions_BC: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: jax.Array | None,
+    rules: ScoreRules,
 ) -> jax.Array:
     """Some queries per row over one layer of a cache, each up to and including its own position; returns
     [B, C, N, H].
@@ -73,12 +82,12 @@ def cached_attention(
     k = cache.keys.shape[1]
     q = q_BCNH.reshape(b, c, k, n // k, h)
     keys, values = (x.astype(q.dtype) for x in (cache.keys, cache.values))
-    scores = jnp.einsum("bckgh,bksh->bkgcs", q, keys, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bckgh,bksh->bkgcs", q, keys, preferred_element_type=jnp.float32) * rules.scale
     if cache.key_scales is not None:
         # One scale per position leaves the product, which then reads 8 bits.
         scores = scores * cache.key_scales[:, :, None, None]
     back = positions_BC[:, :, None] - jnp.arange(keys.shape[2])
-    weights = _softmax(soft_cap(scores, softcap), _seen(back, window)[:, None, None])
+    weights = _softmax(soft_cap(scores, rules.softcap), _seen(back, rules.window)[:, None, None])
     if cache.value_scales is not None:
         weights = weights * cache.value_scales[:, :, None, None]
     out = jnp.einsum("bkgcs,bksh->bckgh", weights.astype(values.dtype), values)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdrl_jax.models.attention import full_attention, segment_positions
+from kdrl_jax.models.attention import ScoreRules, full_attention, segment_positions
 from kdrl_jax.models.block import Block, Holding
 from kdrl_jax.models.cache import KVCache
 from kdrl_jax.models.decoder_config import DecoderConfig
@@ -39,10 +39,7 @@ class AttendCached(Protocol):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        *,
-        window: jax.Array | None,
-        scale: float,
-        softcap: float | None,
+        rules: ScoreRules,
     ) -> tuple[jax.Array, KVCache]:
         """q [..., N, H], k and v [..., K, H] to (what the queries read, of q's shape; the new cache)."""
 
@@ -152,10 +149,9 @@ class Decoder(Block):
 
         return jnp.asarray(c.sliding_layers), of_layer
 
-    @property
-    def _attention(self) -> dict[str, Any]:
+    def _rules(self, window: jax.Array | None) -> ScoreRules:
         c = self.config
-        return {"scale": c.query_scale or c.head_dim**-0.5, "softcap": c.attn_softcap}
+        return ScoreRules(window, c.query_scale or c.head_dim**-0.5, c.attn_softcap)
 
     def hidden(
         self, tokens_BT: jax.Array, *, segment_ids_BT: jax.Array | None = None, remat: bool = False
@@ -181,9 +177,7 @@ class Decoder(Block):
             cos, sin, window = of_layer(slides)
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                return full_attention(
-                    q, k, v, window=window, segment_ids_BT=segment_ids_BT, **self._attention
-                )
+                return full_attention(q, k, v, self._rules(window), segment_ids_BT=segment_ids_BT)
 
             x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
             return constrain(x, "B T E"), None
@@ -215,7 +209,7 @@ class Decoder(Block):
 
             def over_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal cache
-                out, cache = attend(cache, layer, q, k, v, window=window, **self._attention)
+                out, cache = attend(cache, layer, q, k, v, self._rules(window))
                 return out
 
             x = nnx.merge(layer_def, params).layer(x, over_cache, cos, sin)

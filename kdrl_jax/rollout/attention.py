@@ -52,32 +52,18 @@ def on_own_heads(attend: PlannedAttend, config: DecoderConfig, mesh: Mesh) -> Pl
     divide = heads_divide(config, mesh)
 
     def divided(
-        plan: Any,
-        cache: KVCache,
-        layer: jax.Array,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        *,
-        window: jax.Array | None,
-        scale: float,
-        softcap: float | None,
+        plan: Any, cache: KVCache, layer: jax.Array, q: jax.Array, *more: Any
     ) -> tuple[jax.Array, KVCache]:
         whole = PartitionSpec()
         heads = PartitionSpec(*[None] * (q.ndim - 2), "tensor") if divide else whole
         of_cache = jax.tree.map(lambda _: PartitionSpec(None, None, "tensor") if divide else whole, cache)
-
-        def local(
-            plan: Any, cache: KVCache, layer: jax.Array, window: jax.Array | None, *qkv: jax.Array
-        ) -> tuple[jax.Array, KVCache]:
-            return attend(plan, cache, layer, *qkv, window=window, scale=scale, softcap=softcap)
-
+        # After q: k, v, and the rules of scores.
         return jax.shard_map(
-            local,
-            in_specs=(whole, of_cache, whole, whole, heads, heads, heads),
+            attend,
+            in_specs=(whole, of_cache, whole, heads, heads, heads, whole),
             out_specs=(heads, of_cache),
             axis_names={"tensor"},
             check_vma=False,
-        )(plan, cache, layer, window, q, k, v)
+        )(plan, cache, layer, q, *more)
 
     return divided

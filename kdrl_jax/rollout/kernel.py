@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kdrl_jax.models.attention import soft_cap
+from kdrl_jax.models.attention import ScoreRules, soft_cap
 from kdrl_jax.models.cache import KVCache
 
 _LANES = 128
@@ -82,16 +82,13 @@ class Kernel:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        *,
-        window: jax.Array | None,
-        scale: float,
-        softcap: float | None,
+        rules: ScoreRules,
     ) -> tuple[jax.Array, KVCache]:
         """As `AttendCached` says."""
         cache = cache.write_columns(layer, plan.positions_B, k, v)
         (b, n, h), num_kv = q.shape, k.shape[1]
         per_kv, block = n // num_kv, self.block
-        sees = jnp.int32(jnp.iinfo(jnp.int32).max) if window is None else window
+        sees = jnp.int32(jnp.iinfo(jnp.int32).max) if rules.window is None else rules.window
         # Read ahead of the kernel, to say what it is given.
         scalars = (layer.astype(jnp.int32)[None], sees[None], plan.positions_B, plan.rows_W, plan.blocks_W)
 
@@ -110,7 +107,7 @@ class Kernel:
         arrays = jax.tree.leaves(cache)  # keys, values, and their scales where there are some
         running = [pltpu.VMEM((num_kv, per_kv, width), jnp.float32) for width in (_LANES, _LANES, h)]
         out = pl.pallas_call(
-            functools.partial(_kernel, block=block, scale=scale, softcap=softcap),
+            functools.partial(_kernel, block=block, scale=rules.scale, softcap=rules.softcap),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=(plan.num_pieces,),

@@ -6,12 +6,11 @@ each of its completions, so that all tokens come out of one place.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kdrl_jax.models.attention import cached_attention
+from kdrl_jax.models.attention import ScoreRules, cached_attention
 from kdrl_jax.models.cache import KVCache
 from kdrl_jax.models.decoder import Decoder
 
@@ -89,7 +88,7 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    **how: Any,
+    rules: ScoreRules,
 ) -> tuple[jax.Array, KVCache]:
     """Chunk j of some rows, from `row` on: over all chunks up to it."""
     row, j, positions_RC = plan
@@ -97,7 +96,7 @@ def _attend(
     rows = row + jnp.arange(q.shape[0])
 
     def within(size: int) -> jax.Array:
-        return cached_attention(q, cache.read_rows(layer, rows, size), positions_RC, **how)
+        return cached_attention(q, cache.read_rows(layer, rows, size), positions_RC, rules)
 
     sizes = range(chunk, cache.length + 1, chunk)
     return jax.lax.switch(j, [functools.partial(within, size) for size in sizes]), cache

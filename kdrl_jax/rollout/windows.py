@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kdrl_jax.models.attention import cached_attention
+from kdrl_jax.models.attention import ScoreRules, cached_attention
 from kdrl_jax.models.cache import KVCache
 
 SMALLEST = 64
@@ -64,10 +64,7 @@ class Windows:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        *,
-        window: jax.Array | None,
-        scale: float,
-        softcap: float | None,
+        rules: ScoreRules,
     ) -> tuple[jax.Array, KVCache]:
         """As `AttendCached` says."""
         cache = cache.write_columns(layer, plan.positions_B, k, v)
@@ -78,9 +75,7 @@ class Windows:
             def within(size: int) -> jax.Array:
                 held = cache.read_rows(layer, rows, size)
                 positions = plan.positions_B[rows][:, None]
-                return cached_attention(
-                    q[rows][:, None], held, positions, window=window, scale=scale, softcap=softcap
-                )[:, 0]
+                return cached_attention(q[rows][:, None], held, positions, rules)[:, 0]
 
             sizes = windows(self.length)
             return jax.lax.switch(which, [functools.partial(within, size) for size in sizes])
