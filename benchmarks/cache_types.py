@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdrl_jax.config import load_config
 from kdrl_jax.data.prompts import load_eval_prompts
+from kdrl_jax.frozen import LogprobScorer
+from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
-from kdrl_jax.scoring import make_row_scorer
 from kdrl_jax.setup import make_setup
 
 CONFIG = Path("configs/smollm2_gsm8k_cpu.yaml")
@@ -39,9 +39,10 @@ def main() -> None:
             )
             engine = setup.engine(setup.student, num, 2, SamplerSettings())
             r = engine.generate(params, prompts, seed_key(0))
-            scorer = make_row_scorer(setup.student, setup.head, 2 * num)
+            shape = pack_shape(*r.tokens_BT.shape, setup.mesh)
             with jax.set_mesh(setup.mesh):
-                scored = scorer(params, r.tokens_BT, r.prompt_lengths_B, jnp.ones(2 * num)).logprobs_BT
+                packed = pack_rollouts(r, 2, shape, setup.mesh)
+                scored = LogprobScorer(setup.student, setup.head, shape)(r, packed, params, 1.0)
             gap = np.asarray(scored - r.sampler_logprobs_BT)[np.asarray(r.completion_mask_BT)]
             ratio = np.exp(gap)
             ess = ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)

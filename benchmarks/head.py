@@ -178,7 +178,7 @@ def compiled_costs(way: str, dim: int, tied: bool, chunk: int, tokens: int) -> t
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip),
         operands(dim, tied, ROWS, tokens, COLUMNS, TEACHER_DIM),
     )
-    compiled = gradient(way, HeadSettings(NUM_TOKENS, chunk, tokens)).lower(*args).compile()
+    compiled = gradient(way, HeadSettings(NUM_TOKENS, chunk)).lower(*args).compile()
     memory = compiled.memory_analysis()
     taken = memory.temp_size_in_bytes + memory.output_size_in_bytes - 4 * COLUMNS * dim
     operations, cycles = costs(compiled.as_text())
@@ -221,7 +221,7 @@ def on_cpu(rounds: int = 7) -> None:
         return jax.random.uniform(next(keys), x.shape, jnp.float32, 0.1, 1.0)
 
     args = jax.tree.map(fill, shapes)
-    settings = HeadSettings(8000, 256, 256)
+    settings = HeadSettings(8000, 256)
     programs = {way: gradient(way, settings).lower(*args).compile() for way in WAYS}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds):

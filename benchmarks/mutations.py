@@ -59,15 +59,19 @@ FAULTS = (
     Fault(
         "denominators counted per microbatch",
         "step/update.py",
-        "objective.loss(overlay(frozen, params), rows, inputs, at, heads)",
-        "objective.loss(overlay(frozen, params), rows, terms.inputs(rows, objective.head), at, heads)",
-        f"{STEP} -k microbatches_do",
+        "return objective.loss(overlay(frozen, params), part, shared)",
+        "own = part.inputs.weights.sum()\n"
+        "                scaled = jax.tree.map(lambda w: w / own, part.inputs.rl_weights)\n"
+        "                inputs = dataclasses.replace(part.inputs, rl_weights=scaled)\n"
+        "                part = dataclasses.replace(part, inputs=inputs)\n"
+        "                return objective.loss(overlay(frozen, params), part, shared)",
+        f"{STEP} -k packing_does",
     ),
     Fault(
         "no shift between states and tokens",
-        "scoring/windows.py",
-        "at = _positions(starts_B, settings.max_new_tokens) - 1",
-        "at = _positions(starts_B, settings.max_new_tokens)",
+        "scoring/packs.py",
+        "from_completion + after - 1)",
+        "from_completion + after)",
         f"{ROLLOUT} -k sampler_and_trainer",
     ),
     Fault(
@@ -78,17 +82,17 @@ FAULTS = (
         f"{STEP} -k parts_are",
     ),
     Fault(
-        "left padding is seen",
-        "models/attention.py",
-        "(segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])",
-        "(segment_ids_BT[:, :, None] == segment_ids_BT[:, :, None])",
-        f"{STEP} -k left_padded",
+        "packed sequences see each other",
+        "scoring/packs.py",
+        "layout = Layout(spread(column), spread(from_prompt, position))",
+        "layout = Layout(spread(column), spread(0 * from_prompt, position))",
+        f"{STEP} -k packing_does",
     ),
     Fault(
         "scored at another temperature than sampled",
         "train.py",
-        "            temperature,\n            old_logprobs,",
-        "            1.0,\n            old_logprobs,",
+        "                temperature,\n                old_logprobs,",
+        "                1.0,\n                old_logprobs,",
         f"{TRAIN} -k mean_ratio",
     ),
     Fault(
@@ -114,10 +118,9 @@ FAULTS = (
     ),
     Fault(
         "trained ids are not the sampled ones",
-        "train.py",
-        "rollouts, old_logprobs = chosen.rollouts, None",
-        "rollouts, old_logprobs = dataclasses.replace(\n"
-        "            chosen.rollouts, tokens_BT=chosen.rollouts.tokens_BT.at[:, -1].add(1)\n        ), None",
+        "packer.py",
+        "                rollouts.tokens_BT,\n",
+        "                rollouts.tokens_BT.at[:, -1].add(1),\n",
         f"{TRAIN} -k trained_ids",
     ),
     Fault(
@@ -370,8 +373,8 @@ FAULTS = (
     Fault(
         "each teacher scores all rows of the other",
         "frozen.py",
-        "np.flatnonzero(mine)",
-        "np.flatnonzero(mine == 0)",
+        "return bounds[teacher], bounds[teacher + 1]",
+        "return bounds[1 - teacher], bounds[2 - teacher]",
         "test_frozen.py -k own_rows",
     ),
     Fault(
@@ -391,8 +394,8 @@ FAULTS = (
     Fault(
         "the fused head forgets a chunk",
         "scoring/passes.py",
-        "    return step(total, n - n % size, n % size) if n % size else total",
-        "    return total",
+        "slices: jax.Array | int = n // size",
+        "slices: jax.Array | int = n // size - 1",
         f"{STEP} -k chunks",
     ),
 )

@@ -23,11 +23,8 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import math
-import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,74 +32,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROMPTS, GROUP, WIDTH, NEW = 16, 8, 64, 512
-VOCABULARY, WIDE, LAYERS, HEADS, KV_HEADS, HEAD, MLP = 4096, 256, 6, 4, 2, 64, 1024
-END, MEAN = 1, 192
+from workload import (
+    END,
+    GROUP,
+    HEAD,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    MLP,
+    NEW,
+    PROMPTS,
+    VOCABULARY,
+    WIDE,
+    WIDTH,
+    Process,
+    call,
+    load_ours,
+    measured_speeds,
+    write_model,
+)
+
 SAMPLERS = ("ours", "ours, room for 1,024", "ours, one device", "hf", "tunix")
-
-
-# ---- The model
-
-
-def write_model(folder: Path) -> None:
-    """The checkpoint with a tokenizer, as Hugging Face writes them."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True)
-    config = {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDE,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "eos_token_id": END,
-        "pad_token_id": 0,
-        "torch_dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int) -> Any:
-        return (0.02 * rng.standard_normal(shape)).astype(np.float32)
-
-    tensors = {
-        "model.embed_tokens.weight": normal(VOCABULARY, WIDE),
-        "lm_head.weight": normal(VOCABULARY, WIDE),
-    }
-    tensors["model.norm.weight"] = np.ones(WIDE, np.float32)
-    for i in range(LAYERS):
-        name = f"model.layers.{i}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{name}{norm}.weight"] = np.ones(WIDE, np.float32)
-        for letter, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            tensors[f"{name}self_attn.{letter}_proj.weight"] = normal(heads * HEAD, WIDE)
-            tensors[f"{name}self_attn.{letter}_proj.bias"] = np.zeros(heads * HEAD, np.float32)
-        tensors[f"{name}self_attn.o_proj.weight"] = normal(WIDE, HEADS * HEAD)
-        tensors[f"{name}mlp.gate_proj.weight"] = normal(MLP, WIDE)
-        tensors[f"{name}mlp.up_proj.weight"] = normal(MLP, WIDE)
-        tensors[f"{name}mlp.down_proj.weight"] = normal(WIDE, MLP)
-    # One feature of the hidden state is nearly constant, and alone decides the logit of the end token.
-    tensors["model.embed_tokens.weight"][:, 0] = 1
-    head = tensors["lm_head.weight"]
-    head[:, 0] = 0
-    head[END] = 0
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model, params = load_ours(folder)
-    tokens = jnp.asarray(rng.integers(3, VOCABULARY, (8, 128)), jnp.int32)
-    hidden = jax.jit(lambda p, t: model.bind(p).hidden(t))(params, tokens)
-    head[END, 0] = math.log((VOCABULARY - 1) / (MEAN - 1)) / float(hidden[..., 0].mean())
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def prompt_tokens() -> Any:
@@ -112,20 +62,6 @@ def prompt_tokens() -> Any:
 
 
 # ---- The samplers: each returns what runs one round and gives its useful tokens
-
-
-def load_ours(folder: Path) -> tuple[Any, Any]:
-    import jax
-    import jax.numpy as jnp
-
-    from kdrl_jax.config import ModelConfig
-    from kdrl_jax.models.decoder import make_model
-    from kdrl_jax.models.load import open_model
-
-    source = open_model(ModelConfig(path=str(folder)))
-    model = make_model(source.config)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), model.abstract())
-    return model, source.load(abstract)
 
 
 def ours(folder: Path, room: int, most_devices: int | None = None) -> Callable[[int], dict[str, Any]]:
@@ -279,26 +215,6 @@ def work(sampler: str, folder: Path) -> None:
 # ---- The floor
 
 
-def measured_speeds() -> tuple[float, float]:
-    """(bytes per second of reading a large array, FLOPs per second of a large product), on this device."""
-    import jax
-    import jax.numpy as jnp
-
-    def best(fn: Callable[..., Any], *args: Any) -> float:
-        jax.block_until_ready(fn(*args))
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            jax.block_until_ready(fn(*args))
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    x = jnp.ones((64, 1 << 20))
-    a = jnp.ones((2048, 2048))
-    read = x.nbytes / best(jax.jit(lambda x: x.max(axis=1)), x)
-    return read, 2 * 2048**3 / best(jax.jit(jnp.matmul), a, a)
-
-
 def print_floor(run: dict[str, Any], bandwidth: float | None) -> None:
     """What one round of ours must at least take."""
     read, product = measured_speeds()
@@ -326,50 +242,6 @@ def print_floor(run: dict[str, Any], bandwidth: float | None) -> None:
 # ---- All of them
 
 
-def call(fn: Callable[..., None], *arguments: Any) -> None:
-    """Runs a function of this file in a process of its own."""
-    process = multiprocessing.get_context("spawn").Process(target=fn, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(process.exitcode)
-
-
-class Process:
-    """A sampler in the environment that has it."""
-
-    def __init__(self, sampler: str, python: str, folder: Path):
-        command = [python, __file__, "--worker", sampler, "--model", str(folder)]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process fails
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        )
-        self.sampler = sampler
-
-    def round(self, seed: int) -> dict[str, Any]:
-        """One round; the first waits for loading and warming up."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{seed}\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._log.seek(0)
-            sys.exit(f"{self.sampler} failed:\n{self._log.read()[-3000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     has_hf = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
@@ -393,15 +265,15 @@ def main() -> None:
         for sampler, python in pythons.items():
             if python is not None:
                 # One after the other: no one warms up while another is timed.
-                processes.append(Process(sampler, python, folder))
+                processes.append(Process(sampler, python, __file__, folder))
                 processes[-1].round(0)
-        runs: dict[str, list[dict[str, Any]]] = {p.sampler: [] for p in processes}
+        runs: dict[str, list[dict[str, Any]]] = {p.name: [] for p in processes}
         for number in range(1, args.rounds + 1):
             for process in processes:
-                runs[process.sampler].append(process.round(number))
-                last = runs[process.sampler][-1]
+                runs[process.name].append(process.round(number))
+                last = runs[process.name][-1]
                 speed = f"{last['tokens'] / last['seconds']:.0f} tokens/s"
-                print(f"round {number}: {process.sampler}: {speed}", file=sys.stderr, flush=True)
+                print(f"round {number}: {process.name}: {speed}", file=sys.stderr, flush=True)
         for process in processes:
             process.close()
     speeds = {s: statistics.median(r["tokens"] / r["seconds"] for r in rs) for s, rs in runs.items()}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdrl_jax.config import Config
 from kdrl_jax.objective.advantages import group_advantages
@@ -56,10 +57,8 @@ def make_batch_builder(config: Config) -> BatchBuilder:
             scales.append(entropy_weight(frozen.teacher_entropy_BT, kd.teacher_entropy_scale))
         one = jnp.ones(completion.shape, jnp.float32)
         return TrainBatch(
-            tokens_BT=rollouts.tokens_BT,
             starts_B=rollouts.prompt_lengths_B,
-            segment_ids_BT=None,
-            temperature_B=jnp.full(rewards_B.shape, temperature, jnp.float32),
+            temperature=jnp.asarray(temperature, jnp.float32),
             completion_mask_BT=completion,
             rl_rows_B=rl_rows,
             rl_mask_BT=rl_mask,
@@ -75,7 +74,7 @@ def make_batch_builder(config: Config) -> BatchBuilder:
     return jax.jit(build_batch)
 
 
-@functools.partial(jax.jit, static_argnames="num")
-def split(batch: TrainBatch, num: int) -> list[TrainBatch]:
-    """`num` minibatches of every num-th row, so that every device keeps its own rows."""
-    return [jax.tree.map(lambda x, i=i: x[i::num], batch) for i in range(num)]
+@jax.jit
+def take_rows(batch: TrainBatch, rows_B: np.ndarray) -> TrainBatch:
+    """Some of the rows: a minibatch."""
+    return jax.tree.map(lambda x: x[rows_B] if x.ndim else x, batch)

@@ -1,5 +1,6 @@
 """Held-out accuracy, and agreement of student and teacher on the teacher's own greedy answers."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +15,20 @@ from kdrl_jax.data.prompts import load_eval_prompts
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.metrics import repeated_ngram_frac
 from kdrl_jax.models.decoder import FrozenModel, Model
+from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine, Stopped
 from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
-from kdrl_jax.scoring import HeadSettings, TeacherSide, predictors, score_predictors, window
+from kdrl_jax.scoring import (
+    HeadSettings,
+    PackedRows,
+    Packs,
+    PackShape,
+    TeacherSide,
+    score_predictors,
+    sum_passes,
+)
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Params, Prompts, Rollouts
 
@@ -73,7 +83,7 @@ class Evaluator:
         self._engines: dict[tuple[int, bool], Engine] = {}
         self._reference: list[tuple[Rollouts, int]] | None = None
         if teacher is not None:
-            self._agreement = make_agreement(head, student, teacher.model)
+            self._agreement = Agreement(head, student, teacher.model, mesh)
         self.prompts, self.dropped = load_eval_prompts(
             config.data,
             tokenizer,
@@ -118,8 +128,7 @@ class Evaluator:
             ]
         kl = top = count = 0.0
         for rollouts, num_rows in self._reference:
-            with jax.set_mesh(self._mesh):
-                sums = self._agreement(params, teacher.on_device(), rollouts, num_rows)
+            sums = self._agreement(params, teacher.on_device(), rollouts, num_rows)
             kl, top, count = kl + float(sums[0]), top + float(sums[1]), count + float(sums[2])
         return {"teacher_reverse_kl": kl / count, "teacher_top_agreement": top / count}
 
@@ -203,32 +212,50 @@ class Evaluator:
                 on_step(name, int(rows[-1]) + 1, total)
 
 
-def make_agreement(
-    head: HeadSettings, student: Model, teacher: Model
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """Compiled sums over the completion tokens of the first `num_rows` rows: exact reverse KL, tokens
-    with the same most likely token, and tokens."""
+class Agreement:
+    """Student and teacher on the same completions."""
 
-    def sums(
-        params: Params, teacher_params: Params, rollouts: Rollouts, num_rows: jax.Array
+    def __init__(self, head: HeadSettings, student: Model, teacher: Model, mesh: Mesh):
+        self._models, self._head, self._mesh = (student, teacher), head, mesh
+        self._sums = jax.jit(self._of_packs, static_argnames="shape")
+
+    def __call__(
+        self, params: Params, teacher_params: Params, rollouts: Rollouts, num_rows: int
     ) -> tuple[jax.Array, ...]:
-        ours, theirs = student.bind(params), teacher.bind(teacher_params)
-        tokens, starts = rollouts.tokens_BT, rollouts.prompt_lengths_B
-        states = [predictors(m.hidden(tokens), starts, head) for m in (ours, theirs)]
-        scores = score_predictors(
-            states[0],
-            ours.output_head(),
-            window(tokens, starts, head),
-            jnp.ones(starts.shape, jnp.float32),
-            head,
-            TeacherSide((states[1],), (theirs.output_head(),)),
-            train_head=False,
-        )
-        assert scores.reverse_kl is not None
-        assert scores.same_top is not None
-        real = jnp.arange(rollouts.tokens_BT.shape[0]) < num_rows
-        mask = window(rollouts.completion_mask_BT & real[:, None], starts, head)
-        kl = jnp.sum(jnp.where(mask, scores.reverse_kl, 0.0))
-        return kl, jnp.sum(mask & scores.same_top), jnp.sum(mask)
+        """Sums over the completion tokens of the first `num_rows` rows: exact reverse KL (nats, temperature
+        1), tokens with the same most likely token, and tokens."""
+        num, longest = rollouts.tokens_BT.shape
+        lengths = jnp.where(jnp.arange(num) < num_rows, rollouts.completion_lengths_B, 0)
+        rollouts = dataclasses.replace(rollouts, completion_lengths_B=lengths)
+        shape = pack_shape(num, longest, self._mesh)
+        (packed,) = pack_rollouts(rollouts, 1, shape, self._mesh)
+        with jax.set_mesh(self._mesh):
+            return self._sums(params, teacher_params, packed.packs, shape=shape)
 
-    return jax.jit(sums)
+    def _of_packs(
+        self, params: Params, teacher_params: Params, packs: Packs, shape: PackShape
+    ) -> tuple[jax.Array, ...]:
+        ours, theirs = (m.bind(p) for m, p in zip(self._models, (params, teacher_params), strict=True))
+
+        def sums(rows: PackedRows) -> tuple[jax.Array, ...]:
+            states = [rows.predicting(m.hidden(rows.tokens_RT, rows.layout)) for m in (ours, theirs)]
+            scores = score_predictors(
+                states[0],
+                ours.output_head(),
+                rows.targets_RN,
+                1.0,
+                self._head,
+                TeacherSide((states[1],), (theirs.output_head(),)),
+                counts_B=rows.counts_R,
+                train_head=False,
+            )
+            assert scores.reverse_kl is not None
+            assert scores.same_top is not None
+            real = rows.is_token_RN
+            kl = jnp.sum(jnp.where(real, scores.reverse_kl, 0.0))
+            return kl, jnp.sum(real & scores.same_top), jnp.sum(real)
+
+        result: tuple[jax.Array, ...] = sum_passes(
+            sums, (packs.rows,), shape.max_passes, (0, packs.bounds[-1])
+        )
+        return result

@@ -3,29 +3,58 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kdrl_jax import sharding
 from kdrl_jax.config import Config
-from kdrl_jax.models.decoder import FrozenModel
+from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
-from kdrl_jax.scoring import HeadSettings, RowScores, make_row_scorer
-from kdrl_jax.sharding import rows as row_sharding
-from kdrl_jax.types import FrozenScores, Rollouts
+from kdrl_jax.packer import Packed
+from kdrl_jax.scoring import (
+    Bounds,
+    HeadSettings,
+    PackedRows,
+    PackScores,
+    PackShape,
+    TeacherStates,
+    make_scorer,
+)
+from kdrl_jax.types import FrozenScores, Params, Rollouts
 
-_Rows = tuple[jax.Array, jax.Array, jax.Array]
-"""Tokens [B, T], starts [B], temperatures [B]."""
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What frozen models say of an iteration."""
+
+    scores: FrozenScores
+    """Of the rollouts' rows."""
+    teacher_states: list[TeacherStates | None]
+    """Of each minibatch; None unless the update needs the teachers' distributions whole."""
+
+
+class LogprobScorer:
+    """Log-probabilities of a model that is trained, as it is now."""
+
+    def __init__(self, model: Model, head: HeadSettings, shape: PackShape):
+        self._score = make_scorer(model, head, shape)
+
+    def __call__(
+        self, rollouts: Rollouts, minibatches: Sequence[Packed], params: Params, temperature: float
+    ) -> jax.Array:
+        """Of the completions of the rollouts, [B, T]; 0 elsewhere."""
+        scores = [self._score(params, m.packs.rows, temperature, _all(m)) for m in minibatches]
+        return in_rows(rollouts, minibatches, [x.logprobs_RN for x in scores])
 
 
 class FrozenScorer:
-    """Scores completions with a run's teachers and its reference, one model at a time.
+    """Scores packed completions with a run's teachers and its reference, one model at a time.
 
     One teacher, or each of a mixture, scores all rows. Where every question names its teacher, each scores
-    its own rows only, in passes of a fixed size, so that nothing is compiled again.
+    its own rows only: they are of its kind.
     """
 
     def __init__(
@@ -35,125 +64,134 @@ class FrozenScorer:
         reference: FrozenModel | None,
         head: HeadSettings,
         mesh: Mesh,
-        rows_per_pass: int,
+        shape: PackShape,
     ):
-        self._config, self._mesh, self._rows_per_pass = config, mesh, rows_per_pass
+        self._config, self._mesh = config, mesh
         self._teachers = dict(teachers) if config.scores_teacher else {}
         self._reference = reference
         self._score = {
-            role: make_row_scorer(
+            role: make_scorer(
                 teacher.model,
                 head,
-                rows_per_pass,
+                shape,
                 keep_states=config.teacher_states,
                 keep_entropy=config.kd.teacher_entropy_scale is not None,
             )
             for role, teacher in self._teachers.items()
         }
         if reference is not None:
-            self._score_reference = make_row_scorer(reference.model, head, rows_per_pass)
+            self._score_reference = make_scorer(reference.model, head, shape)
         self.heads: tuple[Head, ...] = ()
         """Of the teachers whose states are kept."""
         if config.teacher_states:
             self.heads = tuple(teacher.head for teacher in self._teachers.values())
 
-    def __call__(
-        self, rollouts: Rollouts, temperature: float, teacher_of_row: Sequence[str | None]
-    ) -> FrozenScores:
+    def kinds(self, teacher_of_row: Sequence[str | None]) -> list[int] | None:
+        """The kind of each row for `pack_rollouts`: which teacher scores it; None where all do.
+
+        Args:
+            teacher_of_row: [B] name among `teachers`.
+        """
+        if self._config.num_kinds == 1:
+            return None
+        roles = list(self._teachers)
+        return [roles.index(f"teachers.{name}") for name in teacher_of_row]
+
+    def __call__(self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float) -> Scored:
         """Dispatches all scoring. Only a parked model is waited for, so that the next one finds room.
 
         Args:
+            minibatches: of all rows of the rollouts.
             temperature: that the completions were sampled at.
-            teacher_of_row: [B] name among `teachers` where each question names its own.
         """
-        temperatures = np.full(rollouts.ended_B.shape, temperature, np.float32)
-        rows = (
-            rollouts.tokens_BT,
-            rollouts.prompt_lengths_B,
-            jax.device_put(temperatures, row_sharding(self._mesh)),
-        )
         scores = FrozenScores()
+        states: list[TeacherStates | None] = [None] * len(minibatches)
         with jax.set_mesh(self._mesh):
             if self._teachers:
-                scores = self._of_teachers(rows, teacher_of_row)
+                scores, states = self._of_teachers(rollouts, minibatches, temperature)
             if self._reference is None:
-                return scores
-            reference = _finished(self._reference, self._score_reference(self._reference.on_device(), *rows))
-        return dataclasses.replace(scores, ref_logprobs_BT=reference.logprobs_BT)
+                return Scored(scores, states)
+            params = self._reference.on_device()
+            done = [self._score_reference(params, m.packs.rows, temperature, _all(m)) for m in minibatches]
+            ref = in_rows(rollouts, minibatches, [x.logprobs_RN for x in _finished(self._reference, done)])
+        return Scored(dataclasses.replace(scores, ref_logprobs_BT=ref), states)
 
-    def _of_teachers(self, rows: _Rows, teacher_of_row: Sequence[str | None]) -> FrozenScores:
+    def _of_teachers(
+        self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float
+    ) -> tuple[FrozenScores, list[TeacherStates | None]]:
+        each: list[list[PackScores]] = []
+        for kind, (role, teacher) in enumerate(self._teachers.items()):
+            params, score = teacher.on_device(), self._score[role]
+            done = [score(params, m.packs.rows, temperature, self._passes(m, kind)) for m in minibatches]
+            each.append(_finished(teacher, done))
+        mixed = [
+            _mix(of_teachers, self._weights(m)) for m, *of_teachers in zip(minibatches, *each, strict=True)
+        ]
+        entropies = [entropy for _, entropy, _ in mixed if entropy is not None]
+        scores = FrozenScores(
+            teacher_logprobs_BT=in_rows(rollouts, minibatches, [logprobs for logprobs, _, _ in mixed]),
+            teacher_entropy_BT=in_rows(rollouts, minibatches, entropies) if entropies else None,
+        )
+        return scores, [states for _, _, states in mixed]
+
+    def _passes(self, minibatch: Packed, teacher: int) -> Bounds:
+        if self._config.num_kinds == 1:
+            return _all(minibatch)
+        bounds = minibatch.packs.bounds
+        return bounds[teacher], bounds[teacher + 1]
+
+    def _weights(self, minibatch: Packed) -> jax.Array | None:
+        """`TeacherStates.weights_RK`."""
         if len(self._teachers) == 1:
-            (role,) = self._teachers
-            scores = self._score_all(role, rows)
-            states = () if scores.states_BND is None else (scores.states_BND,)
-            return FrozenScores(scores.logprobs_BT, scores.entropy_BT, states)
-        names = [role.removeprefix("teachers.") for role in self._teachers]
-        if (mixture := self._config.kd.mixture) is not None:
-            share = np.array([mixture[name] for name in names], np.float32)
-            weights_BK = np.tile(share / share.sum(), (len(teacher_of_row), 1))
-            each = [self._score_all(role, rows) for role in self._teachers]
+            return None
+        mixture = self._config.kd.mixture
+        if mixture is not None:
+            share = np.array([mixture[role.removeprefix("teachers.")] for role in self._teachers], np.float32)
+            weights_RK = np.tile(share / share.sum(), (len(minibatch.kind_R), 1))
         else:
-            weights_BK = np.array([[name == own for name in names] for own in teacher_of_row], np.float32)
-            each = [
-                self._score_some(role, rows, np.flatnonzero(mine))
-                for role, mine in zip(self._teachers, weights_BK.T, strict=True)
-            ]
-        return _mix(each, jax.device_put(weights_BK, row_sharding(self._mesh)))
-
-    def _score_all(self, role: str, rows: _Rows) -> RowScores:
-        teacher = self._teachers[role]
-        return _finished(teacher, self._score[role](teacher.on_device(), *rows))
-
-    def _score_some(self, role: str, rows: _Rows, chosen: np.ndarray) -> RowScores:
-        """One teacher's scores of some rows; 0 in the others."""
-        teacher, size = self._teachers[role], self._rows_per_pass
-        num_rows = rows[0].shape[0]
-        params = teacher.on_device()
-        # The first pass also gives the shapes, so there is one even for a teacher without rows. Rows past
-        # the end are read as the last one, and not written.
-        total = None
-        for first in range(0, max(len(chosen), 1), size):
-            some = np.full(size, num_rows, np.int32)
-            taken = chosen[first : first + size]
-            some[: len(taken)] = taken
-            scores = self._score[role](params, *_take(rows, some, row_sharding(self._mesh)))
-            total = _put(total, scores, some, num_rows)
-        assert total is not None
-        return _finished(teacher, total)
+            weights_RK = np.eye(len(self._teachers), dtype=np.float32)[minibatch.kind_R]
+        return jax.device_put(weights_RK, sharding.rows(self._mesh))
 
 
-def _finished(frozen: FrozenModel, scores: RowScores) -> RowScores:
+def in_rows(rollouts: Rollouts, minibatches: Sequence[Packed], values_RN: Sequence[jax.Array]) -> jax.Array:
+    """What is known of the tokens of each minibatch's lists, at these tokens in the rollouts [B, T]; 0
+    elsewhere."""
+    whole = jnp.zeros_like(rollouts.sampler_logprobs_BT)
+    for minibatch, values in zip(minibatches, values_RN, strict=True):
+        whole = _put_back(whole, minibatch.packs.rows, minibatch.rows_B, values)
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_back(whole_BT: jax.Array, packed: PackedRows, rows_B: np.ndarray, x_RN: jax.Array) -> jax.Array:
+    of_minibatch = packed.put_back(x_RN, whole_BT[rows_B])
+    return whole_BT.at[rows_B].set(of_minibatch.astype(whole_BT.dtype))
+
+
+def _all(minibatch: Packed) -> Bounds:
+    """The passes that hold anything."""
+    return 0, minibatch.packs.bounds[-1]
+
+
+def _finished(frozen: FrozenModel, scores: list[PackScores]) -> list[PackScores]:
     """The scores; of a parked model once they are there, since its copy on the devices lives until then."""
     return jax.block_until_ready(scores) if frozen.is_parked else scores
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _take(rows: _Rows, some: np.ndarray, place: Any) -> _Rows:
-    def take(x: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(jnp.take(x, some, axis=0, mode="clip"), place)
-
-    return jax.tree.map(take, rows)
-
-
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _put(total: RowScores | None, scores: RowScores, some: np.ndarray, num_rows: int) -> RowScores:
-    if total is None:
-        total = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), scores)
-    return jax.tree.map(lambda t, x: t.at[some].set(x, mode="drop"), total, scores)
-
-
 @jax.jit
-def _mix(each: Sequence[RowScores], weights_BK: jax.Array) -> FrozenScores:
-    """The mixture's probability of each sampled token."""
-    logprobs_BTK = jnp.stack([s.logprobs_BT for s in each], -1)
+def _mix(
+    each: Sequence[PackScores], weights_RK: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, TeacherStates | None]:
+    """Log-probabilities [R, N] of the mixture, its entropy if it was asked for, and what the update needs."""
+    states = tuple(s.states_RND for s in each if s.states_RND is not None)
+    kept = TeacherStates(states, weights_RK) if states else None
+    if weights_RK is None:
+        (only,) = each
+        return only.logprobs_RN, only.entropy_RN, kept
+    logprobs_RNK = jnp.stack([s.logprobs_RN for s in each], -1)
     entropy = None
-    if each[0].entropy_BT is not None:
+    if each[0].entropy_RN is not None:
         # Where one teacher has all the weight; the entropy of a mixture does not follow from its parts.
-        entropies = [s.entropy_BT for s in each if s.entropy_BT is not None]
-        entropy = jnp.einsum("btk,bk->bt", jnp.stack(entropies, -1), weights_BK)
-    return FrozenScores(
-        jax.nn.logsumexp(logprobs_BTK, axis=-1, b=weights_BK[:, None, :]),
-        entropy,
-        tuple(s.states_BND for s in each if s.states_BND is not None),
-        weights_BK,
-    )
+        entropies = [s.entropy_RN for s in each if s.entropy_RN is not None]
+        entropy = jnp.einsum("rnk,rk->rn", jnp.stack(entropies, -1), weights_RK)
+    return jax.nn.logsumexp(logprobs_RNK, axis=-1, b=weights_RK[:, None, :]), entropy, kept

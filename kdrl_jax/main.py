@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise TrainingError(
                     f"out of device memory ({str(error).splitlines()[0]}); while sampling, lower "
                     "rollout.slots_per_device or rollout.max_new_tokens, or raise mesh.tensor; while "
-                    "updating, lower train.microbatch_rows or set train.remat=true"
+                    "updating, lower train.microbatch_rows or train.pack_length, or raise train.remat"
                 ) from error
             raise
     except Ended as ended:

@@ -15,7 +15,7 @@ from kdrl_jax.objective.advantages import has_signal, overlong_penalty
 from kdrl_jax.rewards.pool import Scored, is_correct, total
 from kdrl_jax.rollout.finish import finish_reason
 from kdrl_jax.sharding import rows as row_sharding
-from kdrl_jax.types import FrozenScores, Metrics, Prompts, Rollouts
+from kdrl_jax.types import Metrics, Prompts, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Round:
     ids: list[np.ndarray]
     """Each completion's tokens."""
     texts: list[str]
-    frozen: FrozenScores
     scored: list[Scored] | None
     """Verdicts; None for completions of a dataset."""
     rewards_B: np.ndarray
@@ -38,6 +37,8 @@ class Round:
     """Tokens that a completion could have."""
     idle_frac: float | None
     """Share of slots' steps without a row; None where nothing was sampled."""
+    sources: list[str]
+    """Of each row, the source of its prompt."""
 
     def total_rewards(self, config: Config) -> np.ndarray:
         """float32 [B]: the rewards, less what comes off for length."""
@@ -76,11 +77,12 @@ class Chosen:
     """The rows that an iteration trains on."""
 
     rollouts: Rollouts
-    frozen: FrozenScores
     rewards_B: jax.Array
     correct_B: jax.Array
     rl_rows_B: jax.Array | None
     """bool: rows that RL is about; None for all."""
+    sources: list[str]
+    """Of each row."""
 
 
 def choose(config: Config, rounds: Sequence[Round], mesh: Mesh) -> Chosen:
@@ -91,7 +93,7 @@ def choose(config: Config, rounds: Sequence[Round], mesh: Mesh) -> Chosen:
         (only,) = rounds
         verdict = (only.total_rewards(config), only.correct_B)
         rewards, correct = (jax.device_put(x, put) for x in verdict)
-        return Chosen(only.rollouts, only.frozen, rewards, correct, None)
+        return Chosen(only.rollouts, rewards, correct, None, only.sources)
     groups, rl, used = plan_groups(
         _signals(config, rounds), config.train.prompts_per_iteration, config.groups_per_batch
     )
@@ -99,12 +101,14 @@ def choose(config: Config, rounds: Sequence[Round], mesh: Mesh) -> Chosen:
     rows = (groups[:, None] * size + np.arange(size)).ravel()
     rewards, correct = _verdicts_of(config, rounds)
     with jax.set_mesh(mesh):
-        rollouts, frozen = _take([(r.rollouts, r.frozen) for r in rounds], rows)
+        rollouts = _take([r.rollouts for r in rounds], rows)
     # A place that nothing fills holds no completion, so that no mean and no denominator counts it.
     lengths = np.where(np.repeat(used, size), np.asarray(rollouts.completion_lengths_B), 0)
     rollouts = dataclasses.replace(rollouts, completion_lengths_B=lengths)
     of_rows = (rewards[rows], correct[rows], np.repeat(rl, size))
-    return Chosen(*jax.device_put((rollouts, frozen, *of_rows), put))
+    sources = [source for r in rounds for source in r.sources]
+    rollouts, rewards_B, correct_B, rl_B = jax.device_put((rollouts, *of_rows), put)
+    return Chosen(rollouts, rewards_B, correct_B, rl_B, [sources[b] for b in rows])
 
 
 def _verdicts_of(config: Config, rounds: Sequence[Round]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ It goes through the code that training uses, the teacher's scoring and the stude
 mask, a padded column or a weight that only one of them gets wrong shows before anything is trained.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -17,16 +16,17 @@ from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
+from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.runs import run_of
 from kdrl_jax.scoring import (
     HeadSettings,
+    PackedRows,
     TeacherSide,
-    make_row_scorer,
-    predictors,
+    make_scorer,
     score_predictors,
-    window,
+    sum_passes,
 )
-from kdrl_jax.types import Params, TrainingError
+from kdrl_jax.types import Params, Rollouts, TrainingError
 
 LIMIT = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05}
 """Nats per token, for the coarser of the two compute types; for a teacher of int8 weights their own is added.
@@ -109,38 +109,50 @@ def self_divergence(
     """Mean exact KL(student || teacher) per token, nats at temperature 1, on rows of random ids."""
     shards = sharding.batch_shards(mesh)
     length = min(MAX_POSITIONS, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
-    head = dataclasses.replace(head, max_new_tokens=length - 1)
     rng = np.random.default_rng(config.seed)
     # Two rows a device, in two passes. Completions begin anywhere in the first half.
-    rows = (
-        rng.integers(0, head.num_tokens, (2 * shards, length)),
-        rng.integers(1, length // 2 + 1, 2 * shards),
+    num = 2 * shards
+    tokens = rng.integers(0, head.num_tokens, (num, length))
+    starts = rng.integers(1, length // 2 + 1, num)
+    rollouts = jax.device_put(
+        Rollouts(
+            tokens_BT=jnp.asarray(tokens, jnp.int32),
+            prompt_lengths_B=jnp.asarray(starts, jnp.int32),
+            completion_lengths_B=jnp.asarray(length - starts, jnp.int32),
+            ended_B=jnp.ones(num, bool),
+            sampler_logprobs_BT=jnp.zeros((num, length)),
+        ),
+        sharding.rows(mesh),
     )
-    tokens, starts = (jax.device_put(x.astype(np.int32), sharding.rows(mesh)) for x in rows)
-
-    temperatures = jax.device_put(np.ones(2 * shards, np.float32), sharding.rows(mesh))
-
-    score_teacher = make_row_scorer(teacher.model, head, shards, keep_states=True)
+    shape = pack_shape(num, length, mesh)
+    (packed,) = pack_rollouts(rollouts, 1, shape, mesh)
+    score_teacher = make_scorer(teacher.model, head, shape, keep_states=True)
 
     @jax.jit
     def divergence(
-        params: Params, teacher_head: Head, teacher_states: jax.Array, tokens: jax.Array, starts: jax.Array
+        params: Params, teacher_head: Head, teacher_states: jax.Array, rows: PackedRows
     ) -> jax.Array:
         decoder = student.bind(params)
-        scores = score_predictors(
-            predictors(decoder.hidden(tokens, remat=config.train.remat), starts, head),
-            decoder.output_head(),
-            window(tokens, starts, head),
-            jnp.ones(starts.shape, jnp.float32),
-            head,
-            TeacherSide((teacher_states,), (teacher_head,)),
-            train_head=False,
-        )
-        assert scores.reverse_kl is not None
-        completion = starts[:, None] + jnp.arange(head.max_new_tokens) < length
-        return jnp.mean(scores.reverse_kl, where=completion)
+
+        def of_pass(rows: PackedRows, teacher_states: jax.Array) -> jax.Array:
+            scores = score_predictors(
+                rows.predicting(decoder.hidden(rows.tokens_RT, rows.layout, remat=config.train.remat)),
+                decoder.output_head(),
+                rows.targets_RN,
+                1.0,
+                head,
+                TeacherSide((teacher_states,), (teacher_head,)),
+                train_head=False,
+            )
+            assert scores.reverse_kl is not None
+            return jnp.sum(jnp.where(rows.is_token_RN, scores.reverse_kl, 0.0))
+
+        parts = (rows, teacher_states)
+        total: jax.Array = sum_passes(of_pass, parts, shape.max_passes, (0, shape.max_passes))
+        return total / jnp.sum(rows.counts_R)
 
     with jax.set_mesh(mesh):
-        states = score_teacher(teacher.on_device(), tokens, starts, temperatures).states_BND
-        assert states is not None
-        return float(divergence(params, teacher.head, states, tokens, starts))
+        packed_rows = packed.packs.rows
+        scores = score_teacher(teacher.on_device(), packed_rows, 1.0, (0, shape.max_passes))
+        assert scores.states_RND is not None
+        return float(divergence(params, teacher.head, scores.states_RND, packed_rows))

@@ -3,44 +3,40 @@
 prompts   draw questions
 rollouts  the student (or its teacher, or the dataset) completes them
 rewards   worker processes verify the answers,
-teacher   and meanwhile the frozen models score the same tokens
+score     and meanwhile the frozen models score the same tokens, in packed rows
 batch     advantages and masks
 update    one compiled optimizer step per minibatch
 write     metrics and samples
 save      a checkpoint, if due; nothing is in flight here
 """
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-from kdrl_jax.batch import make_batch_builder, split
+from kdrl_jax.batch import make_batch_builder, take_rows
 from kdrl_jax.checkpoint import Checkpoints
+from kdrl_jax.collect import Collector, Drawn
 from kdrl_jax.config import Config, save_config
-from kdrl_jax.config.schedules import constant, is_zero
-from kdrl_jax.data.prompts import PromptStream, encode_completion, open_prompts
+from kdrl_jax.config.schedules import is_zero
+from kdrl_jax.data.prompts import PromptStream, open_prompts
 from kdrl_jax.evaluate import Evaluator, Results
-from kdrl_jax.frozen import FrozenScorer
+from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
 from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
 from kdrl_jax.optim import make_schedule
+from kdrl_jax.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.progress import Reporter
-from kdrl_jax.rewards.pool import RewardPool, Scored
-from kdrl_jax.rollout.engine import Chunk, Stopped
-from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
-from kdrl_jax.rollout.recorded import from_completions
-from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
-from kdrl_jax.rounds import Chosen, Round, choose, round_metrics, sample_rows, verdicts, wants_another
+from kdrl_jax.rewards.pool import RewardPool
+from kdrl_jax.rollout.engine import Stopped
+from kdrl_jax.rounds import Chosen, Round, choose, round_metrics, sample_rows, wants_another
 from kdrl_jax.runs import check_same_run, is_complete, prerequisites
-from kdrl_jax.scoring import make_row_scorer
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
-from kdrl_jax.step import Objective, make_diagnostics, make_update
-from kdrl_jax.types import Metrics, Params, Prompts, Rollouts, TrainBatch, TrainingError, TrainState
+from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
+from kdrl_jax.types import Metrics, Params, Rollouts, TrainingError, TrainState
 
 ShouldStop = Callable[[], bool]
 
@@ -85,11 +81,11 @@ def train(
     if is_complete(config):
         return True
     setup = make_setup(config)
-    with _Run(setup, Path(config.run_dir), console, should_stop, within or config.run_dir) as run:
+    with Run(setup, Path(config.run_dir), console, should_stop, within or config.run_dir) as run:
         return run.loop()
 
 
-class _Run:
+class Run:
     """One run's moving parts, and the loop over them."""
 
     def __init__(
@@ -98,8 +94,6 @@ class _Run:
         c = setup.config
         self.setup, self.config, self.run_dir, self.should_stop = setup, c, run_dir, should_stop
         self.resume_dir = resume_dir
-        self.told_errors = False
-        self.from_dataset = c.rollout.source == "dataset"
         self.data = self._open_data()
         names = [c.reward.verifier, *c.reward.shaping]
         self.pool = RewardPool(names, c.reward.num_workers, c.reward.time_limit_s)
@@ -116,14 +110,7 @@ class _Run:
                 pool=self.pool,
             )
         self.temperature = make_schedule(c.rollout.temperature)
-        self.length_limit = make_schedule(c.rollout.length_limit or constant(c.rollout.max_new_tokens))
-        sampled = setup.student
-        if c.rollout.source == "teacher":
-            assert setup.teacher is not None
-            sampled = setup.teacher.model
-        self.engine = setup.engine(
-            sampled, c.train.prompts_per_iteration, c.rollout.group_size, SamplerSettings()
-        )
+        self.collector = Collector(setup, self.data, self.pool, should_stop)
         self._compile()
         # Settings and data have been looked at; only now is anything written, and the config only
         # once the checkpoint (if any) fits it.
@@ -143,14 +130,13 @@ class _Run:
             chat_template=c.tokenizer.chat_template,
             prompts_per_iteration=c.train.prompts_per_iteration,
             seed=c.seed,
-            needs_completion=self.from_dataset,
+            needs_completion=c.rollout.source == "dataset",
         )
 
     def _compile(self) -> None:
         setup, c = self.setup, self.config
-        objective = Objective(c, setup.student, setup.head)
-        per_round = c.train.prompts_per_iteration * c.rollout.group_size
-        per_pass = c.train.microbatch_rows or per_round // c.train.num_minibatches
+        self.shape = config_pack_shape(c, setup.mesh)
+        objective = Objective(c, setup.student, setup.head, self.shape)
         # The state comes back where it was, so that the next step is the same program.
         places = jax.tree.map(lambda x: x.sharding, setup.abstract_state())
         self.update = jax.jit(
@@ -158,10 +144,8 @@ class _Run:
         )
         self.diagnose = jax.jit(make_diagnostics(objective))
         self.build_batch = make_batch_builder(c)
-        self.score_student = make_row_scorer(setup.student, setup.head, per_pass)
-        self.scorer = FrozenScorer(
-            c, setup.teachers, setup.reference, setup.head, setup.mesh, rows_per_pass=per_pass
-        )
+        self.score_student = LogprobScorer(setup.student, setup.head, self.shape)
+        self.scorer = FrozenScorer(c, setup.teachers, setup.reference, setup.head, setup.mesh, self.shape)
 
     def _start(self) -> tuple[TrainState, int]:
         """The first state, or the newest saved one with its position in the data."""
@@ -177,7 +161,7 @@ class _Run:
         self.data.set_state(host["data"])
         return state, host["last_eval"]
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "Run":
         self.reporter.__enter__()
         return self
 
@@ -238,11 +222,19 @@ class _Run:
         """One rollout cycle and its updates."""
         c, clock = self.config, Clock()
         temperature = float(self.temperature(int(self.state.step)))
-        rounds = [self.round(temperature, clock)]
+        drawn = self.draw(temperature, clock)
+        verified = clock.in_background("time/reward_hidden", drawn.pending)
+        scored = None
+        if not c.rl.resample_rounds:  # else rewards decide what is trained on, and so come first
+            scored = self.score(drawn.rollouts, drawn.sources, temperature, clock)
+        verified()
+        rounds = [self.verify(drawn, clock)]
         while wants_another(c, rounds):
-            rounds.append(self.round(temperature, clock))
+            rounds.append(self.verify(self.draw(temperature, clock), clock))
         chosen = choose(c, rounds, self.setup.mesh)
-        minibatches = split(self.batch(chosen, temperature), c.train.num_minibatches)
+        if scored is None:
+            scored = self.score(chosen.rollouts, chosen.sources, temperature, clock)
+        minibatches = self.minibatches(chosen, *scored, temperature)
         shared = round_metrics(c, rounds) | {"temperature": temperature}
         clock.lap("time/update")
         for number, minibatch in enumerate(minibatches * c.train.num_epochs):
@@ -257,117 +249,66 @@ class _Run:
             self.write(metrics | shared | of_iteration)
         self.write_rollouts(rounds[0])
 
-    def round(self, temperature: float, clock: Clock) -> Round:
-        """Draws questions, samples, scores and verifies."""
-        prompts = next(self.data)
-        limit = round(float(self.length_limit(int(self.state.step))))
-        rollouts, idle_frac = self.rollouts(prompts, temperature, limit)
-        jax.block_until_ready(rollouts)
+    def draw(self, temperature: float, clock: Clock) -> Drawn:
+        """Questions and completions, which workers begin to verify."""
+        step = int(self.state.step)
+        drawn = self.collector.draw(self.student_params, step, temperature, self.reporter)
         clock.lap("time/rollout")
-        ids = completion_ids(rollouts)
-        texts = [self.setup.tokenizer.decode(row.tolist()) for row in ids]
-        # Workers verify while the devices score; what they need beyond that is waited for.
-        pending = self.submit(prompts, texts)
-        verified = clock.in_background("time/reward_hidden", pending)
-        group_size = self.config.rollout.group_size
-        teachers = [self.data.teacher_of[s] for s in prompts.sources for _ in range(group_size)]
-        frozen = self.scorer(rollouts, temperature, teachers)
-        jax.block_until_ready(frozen)
-        clock.lap("time/teacher")
-        verified()
-        scored = self.collect(pending)
-        clock.lap("time/reward")
-        rewards, correct = verdicts(self.config, scored, len(ids))
-        return Round(prompts, rollouts, ids, texts, frozen, scored, rewards, correct, limit, idle_frac)
+        return drawn
 
-    def batch(self, chosen: Chosen, temperature: float) -> TrainBatch:
-        """What the updates of this iteration are made from."""
-        rollouts, old_logprobs = chosen.rollouts, None
-        if self.config.train.updates_per_iteration > 1:
-            temperatures = jnp.full_like(chosen.rewards_B, temperature)
-            with jax.set_mesh(self.setup.mesh):
-                old_logprobs = self.score_student(
-                    self.student_params, rollouts.tokens_BT, rollouts.prompt_lengths_B, temperatures
-                ).logprobs_BT
-        return self.build_batch(
+    def verify(self, drawn: Drawn, clock: Clock) -> Round:
+        """The verdicts."""
+        verified = self.collector.verify(drawn, self.reporter)
+        clock.lap("time/reward")
+        return verified
+
+    def score(
+        self, rollouts: Rollouts, sources: Sequence[str], temperature: float, clock: Clock
+    ) -> tuple[list[Packed], Scored]:
+        """Minibatches in packed rows, and what frozen models say of them."""
+        c = self.config
+        self.reporter.stage("scoring")
+        packed = pack_rollouts(
             rollouts,
-            chosen.rewards_B,
-            chosen.correct_B,
-            temperature,
-            old_logprobs,
-            chosen.frozen,
-            chosen.rl_rows_B,
+            c.rollout.group_size,
+            self.shape,
+            self.setup.mesh,
+            num_minibatches=c.train.num_minibatches,
+            kinds_B=self.scorer.kinds([self.data.teacher_of[source] for source in sources]),
+            num_kinds=c.num_kinds,
         )
+        scored = jax.block_until_ready(self.scorer(rollouts, packed, temperature))
+        clock.lap("time/teacher")
+        return packed, scored
+
+    def minibatches(
+        self, chosen: Chosen, packed: list[Packed], scored: Scored, temperature: float
+    ) -> list[Minibatch]:
+        """What the updates of this iteration are made from."""
+        old_logprobs = None
+        with jax.set_mesh(self.setup.mesh):
+            if self.config.train.updates_per_iteration > 1:
+                old_logprobs = self.score_student(chosen.rollouts, packed, self.student_params, temperature)
+            batch = self.build_batch(
+                chosen.rollouts,
+                chosen.rewards_B,
+                chosen.correct_B,
+                temperature,
+                old_logprobs,
+                scored.scores,
+                chosen.rl_rows_B,
+            )
+            return [
+                Minibatch(take_rows(batch, m.rows_B), m.packs, states)
+                for m, states in zip(packed, scored.teacher_states, strict=True)
+            ]
 
     @property
     def student_params(self) -> Params:
         """All of the student, frozen parts included."""
         return self.setup.student_params(self.state.params)
 
-    def rollouts(self, prompts: Prompts, temperature: float, limit: int) -> tuple[Rollouts, float | None]:
-        """Completions of at most `limit` tokens; and `Round.idle_frac`."""
-        c, t = self.config, self.setup.tokenizer
-        if self.from_dataset:
-            given = [encode_completion(t, text or "") for text in prompts.completions]
-            imitated = from_completions(
-                prompts,
-                given,
-                max_new_tokens=c.rollout.max_new_tokens,
-                end_ids=t.end_ids,
-                pad_id=t.pad_id,
-                mesh=self.setup.mesh,
-            )
-            return imitated, None
-        params = self.student_params
-        if c.rollout.source == "teacher":
-            assert self.setup.teacher is not None
-            params = self.setup.teacher.on_device()
-        idle_frac = 0.0
-
-        def on_chunk(chunk: Chunk) -> None:
-            nonlocal idle_frac
-            idle_frac = chunk.idle_frac
-            self.reporter.stage(f"sampling: {chunk.num_tokens} tokens, {chunk.num_running} rows to go")
-
-        self.reporter.stage("sampling")
-        rollouts = self.engine.generate(
-            params,
-            prompts,
-            jax.random.fold_in(seed_key(c.seed), int(self.state.step)),
-            temperature=temperature,
-            max_new_tokens=limit,
-            on_chunk=on_chunk,
-            should_stop=self.should_stop,
-        )
-        return cut_at_stops(rollouts, t.decode, c.rollout.stop, pad_id=t.pad_id), idle_frac
-
-    def submit(self, prompts: Prompts, texts: list[str]) -> Future[list[Scored]] | None:
-        """Hands the completions to the worker processes; None for those of a dataset."""
-        if self.from_dataset:
-            return None
-        g = self.config.rollout.group_size
-        return self.pool.submit(
-            [q for q in prompts.questions for _ in range(g)],
-            texts,
-            [a for a in prompts.answers for _ in range(g)],
-        )
-
-    def collect(self, pending: Future[list[Scored]] | None) -> list[Scored] | None:
-        """Waits for the workers' verdicts."""
-        if pending is None:
-            return None
-        self.reporter.stage("verifying")
-        scored = pending.result()
-        errors = [s.error for s in scored if s.error is not None]
-        if errors and not self.told_errors:
-            self.told_errors = True
-            self.reporter.note(
-                f"{len(errors)} of {len(scored)} answers got no verdict and score 0, the first: {errors[0]} "
-                "(later ones are counted in reward/errors)"
-            )
-        return scored
-
-    def diagnostics(self, minibatch: Any) -> Metrics:
+    def diagnostics(self, minibatch: Minibatch) -> Metrics:
         """RL and KD gradients apart, if due: in the first iteration and then every so many steps."""
         c, step = self.config, int(self.state.step)
         every = c.train.diagnostics_every
@@ -382,7 +323,7 @@ class _Run:
                 )
             )
 
-    def run_update(self, minibatch: Any) -> Metrics:
+    def run_update(self, minibatch: Minibatch) -> Metrics:
         step = int(self.state.step)
         with jax.set_mesh(self.setup.mesh):
             self.reporter.stage("updating")

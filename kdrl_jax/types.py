@@ -69,11 +69,6 @@ class FrozenScores:
     """float32, of the sampled tokens; None without a teacher."""
     teacher_entropy_BT: jax.Array | None = None
     """float32, nats; None unless it weighs the tokens."""
-    teacher_states: tuple[jax.Array, ...] = ()
-    """Of each teacher, its final hidden states [B, N, D] that predict the completion tokens (N per row);
-    empty unless the update needs its distribution whole."""
-    teacher_weights_BK: jax.Array | None = None
-    """float32: what each of several teachers counts in a row's target; None with one teacher."""
     ref_logprobs_BT: jax.Array | None = None
     """float32; None without a reference."""
 
@@ -81,16 +76,12 @@ class FrozenScores:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """What the compiled update needs of one minibatch."""
+    """What the loss needs to know of completions beside their tokens: of an iteration, or of a minibatch."""
 
-    tokens_BT: jax.Array
-    """int32."""
     starts_B: jax.Array
     """int32: position of each completion's first token."""
-    segment_ids_BT: jax.Array | None
-    """int32: 0 is padding, tokens see only their own segment; None for right-padded rows."""
-    temperature_B: jax.Array
-    """float32: that the completion was sampled at."""
+    temperature: jax.Array
+    """float32 scalar: that the completions were sampled at."""
     completion_mask_BT: jax.Array
     """bool: completion tokens, the end token included."""
     rl_rows_B: jax.Array

@@ -387,7 +387,11 @@ CONTRADICTIONS = [
     (["eval.every=5"], "eval.every=5 but data.eval names no source"),
     (["train.num_minibatches=5"], "128 rows (prompts_per_iteration x group_size) do not divide into"),
     (["train.num_minibatches=4"], "train.num_steps=10 ends inside an iteration of 4 updates"),
-    (["train.microbatch_rows=3"], "minibatch of 128 rows does not divide into train.microbatch_rows=3"),
+    (["train.pack_length=200"], "train.pack_length=200 has no room for the longest row: data.max_prompt_tok"),
+    (
+        ["train.share_prompts=always", "train.attention=splash"],
+        "train.share_prompts=always with train.attention=splash, which sees one run of tokens alone",
+    ),
     ([ODD_HEADS], "student.architecture.num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
     (["student.architecture.hidden_size=9"], "student.architecture.hidden_size=9 is not a multiple of"),
     (["student.architecture=null"], "student: give exactly one of path, run and architecture; got none"),

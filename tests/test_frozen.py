@@ -10,12 +10,13 @@ from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.frozen import FrozenScorer
 from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, make_model
 from kdrl_jax.objective.divergence import mixture
+from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.types import Rollouts
 
 V, B, T = 23, 8, 14
 MESH = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-HEAD = HeadSettings(num_tokens=V, chunk=64, max_new_tokens=8)
+HEAD = HeadSettings(num_tokens=V, chunk=64)
 
 
 def frozen(seed, dim):
@@ -50,8 +51,35 @@ def rollouts():
     return Rollouts(*map(jnp.asarray, arrays))
 
 
-def scorer(c, teachers, reference=None, rows_per_pass=4):
-    return FrozenScorer(c, teachers, reference, HEAD, MESH, rows_per_pass)
+class Scorer:
+    """Packs and scores."""
+
+    def __init__(self, c, teachers, reference=None, num_minibatches=1):
+        self.kinds, self.num = c.num_kinds, num_minibatches
+        self.shape = pack_shape(B // num_minibatches, T, MESH, rows_per_pass=2, num_kinds=c.num_kinds)
+        self.scorer = FrozenScorer(c, teachers, reference, HEAD, MESH, self.shape)
+
+    def __call__(self, rollouts, temperature, own):
+        self.packed = pack_rollouts(
+            rollouts,
+            1,
+            self.shape,
+            MESH,
+            num_minibatches=self.num,
+            kinds_B=self.scorer.kinds(own),
+            num_kinds=self.kinds,
+        )
+        return self.scorer(rollouts, self.packed, temperature)
+
+    def states(self, scored, teacher):
+        """[B, T, D] of one teacher at the completion tokens; 0 elsewhere."""
+        out = 0
+        for m, states in zip(self.packed, scored.teacher_states, strict=True):
+            x_RND = states.states[teacher]
+            rows = m.packs.rows
+            whole = jnp.zeros((len(m.rows_B), T, x_RND.shape[-1])).at[rows.rows_RN, rows.columns_RN]
+            out = out + jnp.zeros((B, T, x_RND.shape[-1])).at[m.rows_B].set(whole.set(x_RND, mode="drop"))
+        return np.asarray(out)
 
 
 def alone(teacher, temperature=1.0):
@@ -65,7 +93,9 @@ def alone(teacher, temperature=1.0):
             "train": {"num_steps": 10},
         }
     )
-    return scorer(c, {"teacher": teacher})(rollouts(), temperature, [None] * B)
+    one = Scorer(c, {"teacher": teacher})
+    found = one(rollouts(), temperature, [None] * B)
+    return found.scores, one.states(found, 0)
 
 
 OWN = ["math", "code", "code", "math", "code", "code", "code", "code"]
@@ -73,46 +103,49 @@ OWN = ["math", "code", "code", "math", "code", "code", "code", "code"]
 
 @pytest.mark.parametrize("parked", [False, True])
 @pytest.mark.parametrize("own", [OWN, ["code"] * B], ids=["both", "one has none"])
-def test_each_teacher_scores_its_own_rows(own, parked):
+@pytest.mark.parametrize("num_minibatches", [1, 4])
+def test_each_teacher_scores_its_own_rows(own, parked, num_minibatches):
     c = config({"estimator": "full", "teacher_entropy_scale": 1.0})
     teachers = {"teachers.math": MATH, "teachers.code": CODE}
     if parked:
         teachers = {role: t.parked() for role, t in teachers.items()}
-    found = scorer(c, teachers)(rollouts(), 0.8, own)
+    score = Scorer(c, teachers, num_minibatches=num_minibatches)
+    found = score(rollouts(), 0.8, own)
     for i, (name, teacher) in enumerate((("math", MATH), ("code", CODE))):
         rows = np.array([o == name for o in own])
-        expected = alone(teacher, 0.8)
+        expected, states = alone(teacher, 0.8)
         for field in ("teacher_logprobs_BT", "teacher_entropy_BT"):
-            a, b = (np.asarray(getattr(x, field))[rows] for x in (found, expected))
+            a, b = (np.asarray(getattr(x, field))[rows] for x in (found.scores, expected))
             np.testing.assert_allclose(a, b, atol=1e-5)
-        np.testing.assert_allclose(
-            np.asarray(found.teacher_states[i])[rows], np.asarray(expected.teacher_states[0])[rows], atol=1e-5
-        )
-        np.testing.assert_array_equal(np.asarray(found.teacher_weights_BK)[:, i], rows)
+        np.testing.assert_allclose(score.states(found, i)[rows], states[rows], atol=1e-5)
+        for m, kept in zip(score.packed, found.teacher_states, strict=True):
+            of_tokens = np.broadcast_to(np.asarray(kept.weights_RK)[:, i, None], m.packs.rows.rows_RN.shape)
+            back = m.packs.rows.put_back(jnp.asarray(of_tokens), jnp.zeros((len(m.rows_B), T)))
+            np.testing.assert_array_equal(back.max(1), rows[m.rows_B])
 
 
 def test_a_mixture_weighs_probabilities():
     c = config({"mixture": {"math": 3.0, "code": 1.0}, "estimator": "k2"})
-    found = scorer(c, {"teachers.math": MATH, "teachers.code": CODE})(rollouts(), 1.0, [None] * B)
-    each = [alone(t).teacher_logprobs_BT for t in (MATH, CODE)]
+    found = Scorer(c, {"teachers.math": MATH, "teachers.code": CODE})(rollouts(), 1.0, [None] * B)
+    each = [alone(t)[0].teacher_logprobs_BT for t in (MATH, CODE)]
     expected = np.log(0.75 * np.exp(each[0]) + 0.25 * np.exp(each[1]))
-    np.testing.assert_allclose(found.teacher_logprobs_BT, expected, atol=1e-5)
+    np.testing.assert_allclose(found.scores.teacher_logprobs_BT, expected, atol=1e-5)
     np.testing.assert_allclose(mixture(each, jnp.full((B, 2), jnp.array([0.75, 0.25]))), expected, atol=1e-5)
-    assert found.teacher_states == ()
+    assert found.teacher_states == [None]
 
 
 def test_a_reference_is_scored_beside_the_teachers():
     c = config({"extrapolation": 1.5, "mixture": {"math": 1.0, "code": 1.0}})
-    found = scorer(c, {"teachers.math": MATH, "teachers.code": CODE}, BASE)(rollouts(), 1.0, [None] * B)
-    np.testing.assert_allclose(found.ref_logprobs_BT, alone(BASE).teacher_logprobs_BT, atol=1e-5)
+    found = Scorer(c, {"teachers.math": MATH, "teachers.code": CODE}, BASE)(rollouts(), 1.0, [None] * B)
+    np.testing.assert_allclose(found.scores.ref_logprobs_BT, alone(BASE)[0].teacher_logprobs_BT, atol=1e-5)
 
 
 def test_temperature_is_no_new_program():
     c = config({"mixture": {"math": 1.0, "code": 1.0}})
-    score = scorer(c, {"teachers.math": MATH, "teachers.code": CODE})
-    cold, warm = (score(rollouts(), t, [None] * B).teacher_logprobs_BT for t in (0.5, 2.0))
+    score = Scorer(c, {"teachers.math": MATH, "teachers.code": CODE})
+    cold, warm = (score(rollouts(), t, [None] * B).scores.teacher_logprobs_BT for t in (0.5, 2.0))
     assert np.abs(np.asarray(cold) - np.asarray(warm)).max() > 0.1
-    assert all(compiled._cache_size() == 1 for compiled in score._score.values())
+    assert all(compiled._cache_size() == 1 for compiled in score.scorer._score.values())
 
 
 def test_parked_parameters_are_in_the_hosts_memory():

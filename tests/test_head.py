@@ -19,14 +19,11 @@ from kdrl_jax.scoring import (
     HeadSettings,
     TeacherSide,
     head_loss,
-    predictors,
     score_predictors,
-    unwindow,
-    window,
 )
 
-B, N, D, NUM_TOKENS, COLUMNS = 8, 7, 16, 21, 24
-SETTINGS = HeadSettings(num_tokens=NUM_TOKENS, chunk=24, max_new_tokens=N)  # passes of 3, 3 and 1 tokens
+B, N, D, NUM_TOKENS, COLUMNS = 8, 6, 16, 21, 24
+SETTINGS = HeadSettings(num_tokens=NUM_TOKENS, chunk=24)  # two passes of 3 tokens of each row
 RNG = np.random.default_rng(0)
 
 
@@ -476,7 +473,7 @@ def test_what_does_not_fit_is_refused():
         fused(dataclasses.replace(alone, divergence=Divergence()))(STATES, alone.head.kernel)
     with pytest.raises(ValueError, match="2 teachers without weights"):
         fused(two)(*args, dataclasses.replace(TWO, weights_BK=None))
-    with pytest.raises(ValueError, match=r"inputs\['old'\] has shape \(8, 6\); give arrays of 8 rows"):
+    with pytest.raises(ValueError, match=r"inputs\['old'\] has shape \(8, 5\); give arrays of 8 rows"):
         fused(two)(*args, inputs=INPUTS | {"old": INPUTS["old"][:, 1:]})
     head = make_int8_head(D, COLUMNS)
     with pytest.raises(ValueError, match="int8 head cannot be trained"):
@@ -484,18 +481,22 @@ def test_what_does_not_fit_is_refused():
     score_predictors(STATES, head, TARGETS, TEMPERATURE, SETTINGS, train_head=False)
 
 
-# ---- Windows
+# ---- Lists
 
 
-def test_windows_are_about_the_completion_and_predictors_are_one_before():
-    settings = dataclasses.replace(SETTINGS, max_new_tokens=4)
-    x = jnp.arange(1, 13).reshape(2, 6)
-    starts = jnp.array([1, 4])
-    cut = window(x, starts, settings)
-    # The second row ends after two: 0 where there is no token.
-    np.testing.assert_array_equal(cut, [[2, 3, 4, 5], [11, 12, 0, 0]])
-    np.testing.assert_array_equal(unwindow(cut, x, starts), [[0, 2, 3, 4, 5, 0], [0, 0, 0, 0, 11, 12]])
-    assert not window(jnp.ones((2, 6), bool), starts, settings)[1, 2:].any()
-    states = predictors(jnp.stack([x, 10 * x], -1), starts, settings)
-    np.testing.assert_array_equal(states[0], [[1, 10], [2, 20], [3, 30], [4, 40]])
-    np.testing.assert_array_equal(states[1, :2], [[10, 100], [11, 110]])
+def test_only_so_many_tokens_of_a_row_are_looked_at():
+    """Others are in no sum and in no gradient, and slices of them alone are not computed."""
+    case = CASES["untied"]
+    counts = jnp.array([0, 1, 2, 0, 3, 3, 1, 2])
+    counted = jnp.arange(N) < counts[:, None]
+    inputs = INPUTS | {name: INPUTS[name] * counted for name in ("rl", "kd")}
+
+    def value(states, counts_B):
+        return fused(case, counts_B=counts_B)(states, case.head.kernel, inputs=inputs)[0]
+
+    few, every = (jax.jit(jax.value_and_grad(value))(STATES, c) for c in (counts, None))
+    np.testing.assert_allclose(few[0], every[0], rtol=1e-5)
+    np.testing.assert_allclose(few[1], every[1], atol=1e-6)
+    noise = STATES.at[:, 3:].set(jnp.nan)  # the second slice
+    assert np.isfinite(jax.jit(value)(noise, counts))
+    assert not np.isfinite(jax.jit(value)(noise, None))

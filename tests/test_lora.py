@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import packed
 import plain_cache
 import pytest
 import yaml
 from make_golden import GOLDEN
 from rich.console import Console
 from test_models import loaded, opened
-from test_step import HEAD, PARAMS, STUDENT, config, flat, make_batch, one
+from test_step import HEAD, PARAMS, STUDENT, T, config, flat, make_batch, minibatch, one
 from test_train import SHAPE, TREE, assert_same_run, metrics, run
 
 from kdrl_jax import sharding
@@ -173,18 +174,19 @@ MESH = {"fsdp": 4, "tensor": 2}
 
 def updated(model, frozen, trained, c, optimizer, mesh=None):
     """(the state before, the state after, metrics) of one compiled update with the state donated."""
-    zero, batch = jnp.zeros((), jnp.int32), make_batch(c)
+    shape = packed.shape_for(16, T, length=2 * T, rows_per_pass=8)
+    zero, mini = jnp.zeros((), jnp.int32), minibatch(c, make_batch(c), shape=shape)
     places = None
     if mesh is not None:
-        batch = jax.device_put(batch, sharding.rows(mesh))
+        mini = jax.tree.map(lambda x: jax.device_put(x, sharding.rows(mesh) if x.ndim > 1 else None), mini)
         zero = jax.device_put(zero, sharding.replicated(mesh))
         places = jax.tree.map(lambda x: x.sharding, trained)
     opt_state = jax.jit(optimizer.init)(trained)
     copies = jax.tree.map(jnp.copy, (trained, opt_state))
     state = TrainState(zero, copies[0], copies[1], jnp.copy(zero), jnp.copy(zero))
-    update = jax.jit(make_update(Objective(c, model, HEAD), optimizer), donate_argnums=0)
+    update = jax.jit(make_update(Objective(c, model, HEAD, shape), optimizer), donate_argnums=0)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        new, measured = update(state, frozen, batch, None)
+        new, measured = update(state, frozen, mini, ())
     if places is not None:
         jax.tree.map(
             lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(s)), new.params, places

@@ -17,6 +17,7 @@ import numpy as np
 import plain_cache
 import pytest
 from make_golden import CHECKPOINTS, GOLDEN, hf_logits, hf_model, random_rows, save_random
+from packed import layout_of
 from safetensors.numpy import save_file
 
 from kdrl_jax.config import ArchitectureConfig, MeshConfig, ModelConfig
@@ -26,6 +27,7 @@ from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.head import head_logits
 from kdrl_jax.models.hf import SafetensorsFolder
 from kdrl_jax.models.load import ModelSource, open_model
+from kdrl_jax.models.remat import Remat
 from kdrl_jax.models.rope import Rope
 from kdrl_jax.sharding import make_mesh, sharding
 from kdrl_jax.types import Params
@@ -66,7 +68,7 @@ class Compiled:
 
         def segmented(params: Params, tokens: jax.Array, segment_ids: jax.Array) -> jax.Array:
             decoder = model.bind(params)
-            return logits_of(decoder, decoder.hidden(tokens, segment_ids_BT=segment_ids))
+            return logits_of(decoder, decoder.hidden(tokens, layout_of(segment_ids)))
 
         def prefill(params: Params, tokens: jax.Array, lengths: jax.Array, room: int) -> Any:
             decoder = model.bind(params)
@@ -179,9 +181,9 @@ def test_padded_and_packed_rows_equal_golden(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "remat"), [("llama", False), ("llama", True), ("gemma2", False), ("gemma3_capped", True)]
+    ("name", "remat"), [("llama", "none"), ("llama", "mlp"), ("gemma2", "none"), ("gemma3_capped", "full")]
 )
-def test_packing_and_padding_leave_gradients_as_they_are(name: str, remat: bool) -> None:
+def test_packing_and_padding_leave_gradients_as_they_are(name: str, remat: Remat) -> None:
     source = opened(GOLDEN / name)
     model, params = make_model(source.config), loaded(source)
     golden = np.load(GOLDEN / name / "golden.npz")
@@ -193,7 +195,7 @@ def test_packing_and_padding_leave_gradients_as_they_are(name: str, remat: bool)
     def gradient(params: Params, tokens: jax.Array, ids: jax.Array, counted: jax.Array) -> Params:
         def loss(params: Params) -> jax.Array:
             decoder = model.bind(params)
-            logits = logits_of(decoder, decoder.hidden(tokens, segment_ids_BT=ids, remat=remat))
+            logits = logits_of(decoder, decoder.hidden(tokens, layout_of(ids), remat=remat))
             return jnp.sum(jnp.square(logits) * counted[..., None])
 
         return jax.grad(loss)(params)

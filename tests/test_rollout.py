@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packed import score_rollouts
 
 from kdrl_jax import sharding
 from kdrl_jax.config import MeshConfig
@@ -18,7 +19,7 @@ from kdrl_jax.rollout.finish import cut_at_stops, finish_reason, stop_length
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, row_keys, sample
 from kdrl_jax.rollout.settings import EngineSettings
-from kdrl_jax.scoring import HeadSettings, score_tokens
+from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.types import Prompts
 
 V, WIDTH, NEW, NUM = 37, 9, 70, 32  # 70 new tokens: the cache is read through two windows
@@ -188,21 +189,18 @@ def test_samples_and_draws_differ():
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
 def test_sampler_and_trainer_agree(temperature):
     r = engine(4).generate(PARAMS, prompts(slice(0, 4)), KEY, temperature=temperature)
-    head = HeadSettings(num_tokens=V, chunk=64, max_new_tokens=NEW)
+    head = HeadSettings(num_tokens=V, chunk=64)
 
-    @jax.jit
-    def score(temperature):
-        rows = (r.tokens_BT, r.prompt_lengths_B, jnp.full(8, temperature))
-        return score_tokens(MODEL, PARAMS, *rows, head).logprobs_BT
-
-    trained = score(temperature)
+    rows = (r.tokens_BT, r.prompt_lengths_B, r.completion_lengths_B)
+    trained = score_rollouts(MODEL, PARAMS, *rows, head, temperature)
     mask = np.asarray(r.completion_mask_BT)
     gap = np.abs(np.asarray(trained) - np.asarray(r.sampler_logprobs_BT))
     assert gap[mask].max() < 1e-4
     # The mean ratio at learning rate 0 is 1; scored at another temperature it is not.
     ratio = np.exp(np.asarray(trained) - np.asarray(r.sampler_logprobs_BT))[mask]
     assert abs(ratio.mean() - 1) < 1e-4
-    assert np.abs(np.asarray(score(2.5)) - np.asarray(trained))[mask].mean() > 1e-2
+    warm = score_rollouts(MODEL, PARAMS, *rows, head, 2.5)
+    assert np.abs(np.asarray(warm) - np.asarray(trained))[mask].mean() > 1e-2
 
 
 def test_greedy_takes_the_most_likely_and_ignores_the_key():

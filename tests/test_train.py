@@ -335,19 +335,33 @@ def test_at_learning_rate_0_the_mean_ratio_is_1(student, tmp_path):
 def test_trained_ids_are_the_sampled_ids(tmp_path, monkeypatch):
     """Never retokenised: the update sees what the engine drew, as it drew it."""
     seen = {"sampled": [], "trained": []}
-    generate, split = Engine.generate, train_module.split
+    generate, run_update = Engine.generate, train_module.Run.run_update
 
     def record_sampled(self, *args, **kwargs):
         rollouts = generate(self, *args, **kwargs)
-        seen["sampled"].append(np.asarray(rollouts.tokens_BT))
+        mask = np.asarray(rollouts.completion_mask_BT)
+        seen["sampled"].append(np.where(mask, rollouts.tokens_BT, -1))
         return rollouts
 
-    def record_trained(batch, num):
-        seen["trained"].append(np.asarray(batch.tokens_BT))
-        return split(batch, num)
+    def record_trained(self, minibatch):
+        rows = minibatch.packs.rows
+        mask = minibatch.batch.completion_mask_BT
+        seen["trained"].append(np.where(mask, rows.put_back(rows.targets_RN, mask), -1))
+        # In the packed row each token follows the state that predicts it.
+        r, n = np.nonzero(rows.is_token_RN)
+        tokens, at = np.asarray(rows.tokens_RT), np.asarray(rows.predictors_RN)
+        first = (
+            np.asarray(rows.columns_RN)
+            == np.asarray(minibatch.batch.starts_B)[np.minimum(rows.rows_RN, len(mask) - 1)]
+        )
+        later = ~first[r, n]
+        np.testing.assert_array_equal(
+            tokens[r[later], at[r[later], n[later]] + 1], np.asarray(rows.targets_RN)[r[later], n[later]]
+        )
+        return run_update(self, minibatch)
 
     monkeypatch.setattr(Engine, "generate", record_sampled)
-    monkeypatch.setattr(train_module, "split", record_trained)
+    monkeypatch.setattr(train_module.Run, "run_update", record_trained)
     assert run(tmp_path, "run", data={"eval": []}, eval={"every": 0, "agreement": False})[1]
     assert len(seen["trained"]) == 4
     for sampled, trained in zip(seen["sampled"], seen["trained"], strict=True):
@@ -360,9 +374,9 @@ def test_schedules_compile_nothing_again(tmp_path, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    iteration = train_module._Run.iteration
+    iteration = train_module.Run.iteration
     monkeypatch.setattr(
-        train_module._Run, "iteration", lambda self: (iteration(self), after.append(len(compiled)))
+        train_module.Run, "iteration", lambda self: (iteration(self), after.append(len(compiled)))
     )
     rise = {"kind": "linear", "start": 0.5, "end": 1.5, "steps": 4}
     sections = {

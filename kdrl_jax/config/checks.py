@@ -228,9 +228,14 @@ def _check_counts(c: "Config") -> None:
             f"{c.train.updates_per_iteration} updates (train.num_minibatches x num_epochs); make it a "
             "multiple"
         )
-    per_minibatch = rows // c.train.num_minibatches
-    if c.train.microbatch_rows and per_minibatch % c.train.microbatch_rows:
+    longest = c.data.max_prompt_tokens + r.max_new_tokens
+    if c.train.pack_length is not None and c.train.pack_length < longest:
         raise ValueError(
-            f"a minibatch of {per_minibatch} rows does not divide into "
-            f"train.microbatch_rows={c.train.microbatch_rows}"
+            f"train.pack_length={c.train.pack_length} has no room for the longest row: "
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it, or leave it out"
+        )
+    if c.train.share_prompts == "always" and c.train.attention == "splash":
+        raise ValueError(
+            "train.share_prompts=always with train.attention=splash, which sees one run of tokens alone; use "
+            "blockwise, or share_prompts=auto"
         )

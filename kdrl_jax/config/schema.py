@@ -82,10 +82,23 @@ class TrainConfig(Section):
     """Parts that an iteration's batch is cut into, with an update for each."""
     num_epochs: Positive = 1
     """Times that an iteration goes over its batch. One epoch of one minibatch is strictly on-policy."""
+    pack_length: Positive | None = None
+    """Positions of a packed row, which holds as many completions with their prompts as fit; at least
+    max_prompt_tokens + max_new_tokens. null: about 2,048, or one of the longest. Changes memory and speed
+    alone, as the next settings do."""
     microbatch_rows: Positive | None = None
-    """Rows per forward and backward, over all devices; None is the whole minibatch. Changes memory only."""
-    remat: Flag = False
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    """Packed rows per pass through a model, over all devices. null: one on each."""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """Whether completions of one prompt that share a packed row share the prompt, which is then computed
+    once. auto: where attention can."""
+    attention: Literal["auto", "plain", "blockwise", "splash"] = "auto"
+    """How whole rows attend: `plain` holds all scores at once, of size pack_length²; `blockwise` a block of
+    them, in XLA; `splash` by JAX's TPU kernel, which elsewhere is interpreted, slowly, and shares no prompts.
+    auto: splash on TPUs, blockwise elsewhere."""
+    remat: Literal["none", "elementwise", "mlp", "products", "full", "offload"] = "none"
+    """What of each layer the backward pass computes again instead of keeping it, from the least work to the
+    least memory: nothing; norms, rotations and activations; the products of the MLP too; the other products
+    too, but not attention's; all; all, and what enters each layer waits in host memory."""
     park_frozen: Literal["auto", "always", "never"] = "auto"
     """Whether teachers and reference wait in the hosts' memory while they do not score; `auto` parks them
     where there are several."""
@@ -223,6 +236,13 @@ class Config(Section):
     def teacher_states(self) -> bool:
         """Whether the update needs the teachers' distributions whole, not only at the sampled tokens."""
         return not is_zero(self.kd.coef) and self.kd.estimator in ("full", "top_k")
+
+    @property
+    def num_kinds(self) -> int:
+        """Kinds of rows that no pass through a model mixes: as many as there are teachers that each score
+        rows of their own."""
+        by_source = self.scores_teacher and self.kd.mixture is None
+        return len(self.all_teachers) if by_source and len(self.all_teachers) > 1 else 1
 
     @property
     def groups_per_batch(self) -> int:

@@ -1,7 +1,6 @@
-"""Causal grouped-query attention in plain XLA: over whole rows, and of a few queries per row over a cache.
+"""Grouped-query attention in plain XLA: over whole rows, and of a few queries per row over a cache.
 
 Both take what families differ in: the scale of the scores, a soft cap on them, and a sliding window.
-Whole rows may hold several segments, which do not see each other.
 """
 
 import dataclasses
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kdrl_jax.models.cache import KVCache
+from kdrl_jax.models.layout import Layout
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +23,8 @@ class ScoreRules:
     """Of the products."""
     softcap: float | None = dataclasses.field(metadata={"static": True})
     """Bound on |score|."""
+    width: int | None = dataclasses.field(default=None, metadata={"static": True})
+    """The only bounded value that `window` may have, where it is known beforehand."""
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -30,39 +32,16 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
-    """Positions [B, T] counted from each segment's first token; a segment is a run of one id."""
-    at = jnp.arange(segment_ids_BT.shape[1])
-    begins = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
-    return at - jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
-
-
 def full_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    rules: ScoreRules,
-    *,
-    segment_ids_BT: jax.Array | None = None,
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rules: ScoreRules, layout: Layout
 ) -> jax.Array:
-    """Every position over the positions up to it; returns [B, T, N, H].
-
-    Args:
-        segment_ids_BT: only positions of the same id are seen. Padding (0) sees padding, its own position
-            at least, so that no softmax is over nothing. None is one segment.
-    """
-    if rules.softcap is None and rules.window is None and segment_ids_BT is None:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, scale=rules.scale)
+    """Every position over the positions that it sees, with all scores at once; returns [B, T, N, H]."""
     b, t, n, h = q_BTNH.shape
     k = k_BTKH.shape[2]
     q = q_BTNH.reshape(b, t, k, n // k, h)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BTKH, preferred_element_type=jnp.float32) * rules.scale
-    back = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
-    scores = soft_cap(scores, rules.softcap)
-    seen = _seen(back, rules.window)
-    if segment_ids_BT is not None:
-        seen = (seen & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]))[:, None, None]
-    weights = _softmax(scores, seen)
+    seen = layout.spans(rules.window).see(jnp.arange(t))[:, None, None]
+    weights = _softmax(soft_cap(scores, rules.softcap), seen)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BTKH.dtype), v_BTKH).reshape(b, t, n, h)
 
 

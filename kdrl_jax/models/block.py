@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from kdrl_jax.models.decoder_config import DecoderConfig
 
@@ -120,7 +121,8 @@ class Block(nnx.Module):
             self._hold(f"{name}_lora_b", b, jnp.zeros(self._shape(b)))
 
     def times(self, name: str, x: jax.Array) -> jax.Array:
-        """x [..., what the weight reads] times the weight of one layer: [..., what it writes]."""
+        """x [..., what the weight reads] times the weight of one layer: [..., what it writes]. For
+        rematerialisation it has the weight's name."""
         reads, writes = (dims.lower().replace(" ", "") for dims in READS_AND_WRITES[name])
 
         def held(suffix: str) -> jax.Array:
@@ -137,4 +139,4 @@ class Block(nnx.Module):
         if lora is not None and name in lora.targets:
             low = jnp.einsum(f"...{reads},{reads}r->...r", x, held("_lora_a"))
             y = y + jnp.einsum(f"...r,r{writes}->...{writes}", low, held("_lora_b")) * lora.scale
-        return y
+        return checkpoint_name(y, name)

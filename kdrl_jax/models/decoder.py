@@ -5,8 +5,8 @@ NNX holds the modules and names the parameters; everything that is compiled is a
 a leading L and scanned, so that compile time does not grow with depth; what differs between layers
 (the window, the RoPE base) is scanned along with them as data.
 
-Position t of a row attends to positions <= t, so padding after the last token is never seen by a real one
-and needs no mask. Rows padded on the left, or of several sequences, say so by segment ids.
+A row of one sequence attends to all that stands before, so padding after the last token is never seen by a
+real one and needs no mask. Rows of several sequences come with a `Layout`.
 """
 
 import dataclasses
@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdrl_jax.models.attention import ScoreRules, full_attention, segment_positions
+from kdrl_jax.models.attend import PLAIN, RowAttention
+from kdrl_jax.models.attention import ScoreRules
 from kdrl_jax.models.block import Block, Holding
 from kdrl_jax.models.cache import KVCache
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.head import Head
+from kdrl_jax.models.layout import Layout, whole_rows
+from kdrl_jax.models.remat import Remat, rematerialised
 from kdrl_jax.models.rope import apply_rope, rope_tables
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import Params
@@ -95,19 +98,32 @@ class Layers(Block):
 
     def layer(self, x: jax.Array, attend: Attend, cos: jax.Array, sin: jax.Array) -> jax.Array:
         """One layer (of a slice): `attend(q, k, v)` is what prefill, decode and training differ in."""
-        q, k, v = self.attn.qkv(self.norm("attn_norm", x), cos, sin)
-        out = self.attn.times("o", attend(q, k, v))
-        x = x + (self.norm("attn_post_norm", out) if self.config.post_norms else out)
-        out = self.mlp(self.norm("mlp_norm", x))
-        return x + (self.norm("mlp_post_norm", out) if self.config.post_norms else out)
+        with jax.named_scope("attention"):
+            q, k, v = self.attn.qkv(self.norm("attn_norm", x), cos, sin)
+            with jax.named_scope("scores"):
+                read = attend(q, k, v)
+            out = self.attn.times("o", read)
+            x = x + (self.norm("attn_post_norm", out) if self.config.post_norms else out)
+        with jax.named_scope("mlp"):
+            out = self.mlp(self.norm("mlp_norm", x))
+            return x + (self.norm("mlp_post_norm", out) if self.config.post_norms else out)
 
 
 class Decoder(Block):
     """Token ids to final hidden states. The vocabulary head is applied by `scoring`, in chunks."""
 
-    def __init__(self, c: DecoderConfig, *, rngs: nnx.Rngs, compute_dtype: Any, holding: Holding):
+    def __init__(
+        self,
+        c: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        compute_dtype: Any,
+        holding: Holding,
+        attention: RowAttention = PLAIN,
+    ):
         super().__init__(c, holding)
         self.compute_dtype = compute_dtype
+        self.attention = attention
         deviation = c.embed_dim**-0.5
         self.add_matrix("embed", "V D", "V", rngs.params(), deviation)
         self.layers = Layers(c, holding, rngs)
@@ -151,25 +167,21 @@ class Decoder(Block):
 
     def _rules(self, window: jax.Array | None) -> ScoreRules:
         c = self.config
-        return ScoreRules(window, c.query_scale or c.head_dim**-0.5, c.attn_softcap)
+        return ScoreRules(window, c.query_scale or c.head_dim**-0.5, c.attn_softcap, c.sliding_window)
 
     def hidden(
-        self, tokens_BT: jax.Array, *, segment_ids_BT: jax.Array | None = None, remat: bool = False
+        self, tokens_BT: jax.Array, layout: Layout | None = None, *, remat: Remat = "none"
     ) -> jax.Array:
-        """Final hidden states [B, T, D]; entry t has seen the tokens <= t of its segment.
+        """Final hidden states [B, T, D]; entry t has seen the tokens up to t of its sequence.
 
         Args:
-            segment_ids_BT: int32; each sequence of a row is one run of an id above 0 that no other sequence
-                of that row has, and its positions count from its first token. 0 is padding, wherever it
-                stands. None is right-padded rows of one sequence each.
-            remat: recompute each layer in the backward pass.
+            layout: where sequences lie; None is one in each row, padded on the right.
+            remat: what is computed again in the backward pass.
         """
-        x = constrain(self._embed(tokens_BT), "B T E")
-        if segment_ids_BT is None:
-            positions = jnp.arange(tokens_BT.shape[1])[None, :]
-        else:
-            positions = segment_positions(segment_ids_BT)
-        slides_L, of_layer = self._differences(positions)
+        layout = whole_rows(*tokens_BT.shape) if layout is None else layout
+        with jax.named_scope("embed"):
+            x = constrain(self._embed(tokens_BT), "B T E")
+        slides_L, of_layer = self._differences(layout.positions_BT)
         layer_def, layer_params = nnx.split(self.layers)
 
         def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
@@ -177,12 +189,13 @@ class Decoder(Block):
             cos, sin, window = of_layer(slides)
 
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                return full_attention(q, k, v, self._rules(window), segment_ids_BT=segment_ids_BT)
+                return self.attention(q, k, v, self._rules(window), layout)
 
             x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
             return constrain(x, "B T E"), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (layer_params, slides_L))
+        with jax.named_scope("layers"):
+            x, _ = jax.lax.scan(rematerialised(body, remat), x, (layer_params, slides_L))
         return self.norm("final_norm", x)
 
     def extend(
@@ -216,7 +229,8 @@ class Decoder(Block):
             return (x, cache), None
 
         layers = (jnp.arange(self.config.num_layers), layer_params, slides_L)
-        (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
+        with jax.named_scope("layers"):
+            (x, cache), _ = jax.lax.scan(body, (x, cache), layers)
         return self.norm("final_norm", x), cache
 
 
@@ -230,6 +244,7 @@ class Model:
     """The tree of `Params`, with the dimension letters of each tensor as leaves."""
     holding: Holding
     compute_dtype: Any
+    attention: RowAttention
 
     def bind(self, params: Params) -> Decoder:
         """The module with these parameters; call it inside a traced function."""
@@ -248,11 +263,20 @@ class Model:
 
 
 def make_model(
-    config: DecoderConfig, compute_dtype: Any = jnp.float32, holding: Holding = Holding()
+    config: DecoderConfig,
+    compute_dtype: Any = jnp.float32,
+    holding: Holding = Holding(),
+    attention: RowAttention = PLAIN,
 ) -> Model:
-    """The decoder of a config, computing in `compute_dtype`; parameters keep their own type."""
+    """The decoder of a config, computing in `compute_dtype`; parameters keep their own type.
+
+    Args:
+        attention: of whole rows; `extend` is given its own.
+    """
     module = nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype, holding=holding)
+        lambda: Decoder(
+            config, rngs=nnx.Rngs(0), compute_dtype=compute_dtype, holding=holding, attention=attention
+        )
     )
     graphdef, state = nnx.split(module)
     dims: dict[str, Any] = {}
@@ -261,7 +285,7 @@ def make_model(
         for part in path[:-1]:
             node = node.setdefault(str(part), {})
         node[str(path[-1])] = variable.get_metadata()["dims"]
-    return Model(config, graphdef, dims, holding, jnp.dtype(compute_dtype))
+    return Model(config, graphdef, dims, holding, jnp.dtype(compute_dtype), attention)
 
 
 @dataclasses.dataclass(frozen=True)

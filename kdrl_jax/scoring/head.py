@@ -32,13 +32,14 @@ def head_loss(
     states_BND: jax.Array,
     head: Head,
     targets_BN: jax.Array,
-    temperature_B: jax.Array,
+    temperature: jax.Array | float,
     inputs: Any,
     token_loss: TokenLoss,
     settings: HeadSettings,
     teacher: TeacherSide | None = None,
     divergence: Divergence | None = None,
     *,
+    counts_B: jax.Array | None = None,
     train_head: bool = True,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of `token_loss` over all tokens, and of its metrics; differentiable in states and kernel.
@@ -47,20 +48,22 @@ def head_loss(
     scales them. Without differentiation none are formed.
 
     Args:
-        states_BND: of `predictors`.
-        temperature_B: float32; divides the logits of student and teacher alike.
+        states_BND: those that predict the tokens.
+        temperature: float32, scalar or [B]; divides the logits of student and teacher alike.
         inputs: what `token_loss` needs beside the scores. Arrays [B, N, ...] come cut to the same tokens,
             arrays [B] and scalars whole. Arrays travel here rather than in a closure.
         token_loss: of the scores of some tokens of each row, [B, n], and the inputs about them; see
             `TokenLoss`. It is called under differentiation; the sums carry no gradient.
         teacher, divergence: as in `score_predictors`.
+        counts_B: int32; tokens of each row that count, which come first. The loss must be 0 at the others,
+            since some of them are not looked at. None: all count.
         train_head: False for a frozen head (LoRA): its gradient is 0 and is not computed.
 
     Returns:
         The loss, float32 scalar, and the sums.
     """
     rules = _Rules(settings, divergence, train_head, token_loss)
-    rest = _rest(head, targets_BN, temperature_B, inputs, teacher, rules)
+    rest = _rest(head, targets_BN, temperature, counts_B, inputs, teacher, rules)
     loss: tuple[jax.Array, dict[str, jax.Array]] = _loss(rules, states_BND, head.kernel, rest)
     return loss
 
@@ -69,11 +72,12 @@ def score_predictors(
     states_BND: jax.Array,
     head: Head,
     targets_BN: jax.Array,
-    temperature_B: jax.Array,
+    temperature: jax.Array | float,
     settings: HeadSettings,
     teacher: TeacherSide | None = None,
     divergence: Divergence | None = None,
     *,
+    counts_B: jax.Array | None = None,
     train_head: bool = True,
 ) -> TokenScores:
     """Scores completion tokens, differentiable in states and kernel.
@@ -84,12 +88,12 @@ def score_predictors(
     Args:
         states_BND: of `predictors`.
         targets_BN: int32, the tokens.
-        temperature_B: float32; divides the logits of student and teacher alike.
+        temperature: float32, scalar or [B]; divides the logits of student and teacher alike.
         divergence: which one `TokenScores.divergence` is; None for none. Needs a teacher.
-        train_head: as in `head_loss`.
+        counts_B, train_head: as in `head_loss`.
     """
     rules = _Rules(settings, divergence, train_head)
-    rest = _rest(head, targets_BN, temperature_B, None, teacher, rules)
+    rest = _rest(head, targets_BN, temperature, counts_B, None, teacher, rules)
     scores: TokenScores = _scores(rules, states_BND, head.kernel, rest)
     return scores
 
@@ -97,7 +101,8 @@ def score_predictors(
 def _rest(
     head: Head,
     targets: jax.Array,
-    temperature: jax.Array,
+    temperature: jax.Array | float,
+    counts: jax.Array | None,
     inputs: Any,
     teacher: TeacherSide | None,
     rules: _Rules,
@@ -117,7 +122,8 @@ def _rest(
             )
     # States and kernel go as arguments of their own: the two that have a gradient.
     head = dataclasses.replace(head, kernel=None)  # type: ignore[arg-type]
-    return Operands(None, head, targets, temperature, inputs, teacher)  # type: ignore[arg-type]
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return Operands(None, head, targets, temperature, counts, inputs, teacher)  # type: ignore[arg-type]
 
 
 def _passes(one_pass: Any, rules: _Rules, states: jax.Array, kernel: jax.Array, rest: Operands) -> Pieces:
@@ -217,7 +223,7 @@ def _teacher_logp(rules: _Rules, operands: Operands) -> jax.Array | None:
 
     def logp(states: jax.Array, head: Head) -> jax.Array:
         logits = head_logits(
-            states, head, num_tokens=rules.settings.num_tokens, temperature=operands.temperature_B
+            states, head, num_tokens=rules.settings.num_tokens, temperature=operands.temperature
         )
         return jax.nn.log_softmax(logits)
 
@@ -237,7 +243,7 @@ def _token_scores(
     their gradients need no scatter, and where it lies on several devices only results of size [B, n] travel.
     """
     logits = temper(
-        bare, operands.head, num_tokens=rules.settings.num_tokens, temperature=operands.temperature_B
+        bare, operands.head, num_tokens=rules.settings.num_tokens, temperature=operands.temperature
     )
     columns = jnp.arange(logits.shape[-1])
 

@@ -31,7 +31,10 @@ class Operands:
     head: Head
     targets: jax.Array
     """int32 [B, N]: the tokens themselves."""
-    temperature_B: jax.Array
+    temperature: jax.Array
+    """float32, scalar or [B]."""
+    counts_B: jax.Array | None
+    """int32: only the first tokens of a row, so many, are looked at; None: all."""
     inputs: Any
     """The caller's: arrays [B, N, ...] are sliced, arrays [B] and scalars given whole."""
     teacher: TeacherSide | None
@@ -82,7 +85,9 @@ Pass = Callable[[Operands], Pieces]
 
 
 def run(one_pass: Pass, operands: Operands, settings: HeadSettings) -> Pieces:
-    """`one_pass` over all tokens, `settings.chunk` at a time on each device.
+    """`one_pass` over the tokens that count, `settings.chunk` at a time on each device; a device whose rows
+    have few is done the sooner. About the others nothing is summed, and what is joined is 0, or what a pass
+    gives of them that began with one that counts.
 
     Rows that do not divide over the devices (none in training) are left to the compiler, which may move
     kernels in every pass.
@@ -140,13 +145,14 @@ def _summed(of_each: jax.Array, dims: str, mesh: AbstractMesh) -> jax.Array:
 
 
 def _in_slices(one_pass: Pass, operands: Operands, chunk: int) -> Pieces:
-    """`one_pass` over all tokens of these rows, about `chunk` of them at a time."""
+    """`one_pass` over the tokens of these rows, at most `chunk` of them at a time (but one of each row)."""
     b, n = operands.targets.shape
-    size = max(1, min(n, chunk // b))
+    size = slice_size(n, chunk // b)
     if size == n:
         return one_pass(operands)
 
-    def step(total: Pieces, start: jax.Array | int, size: int) -> Pieces:
+    def step(number: jax.Array, total: Pieces) -> Pieces:
+        start = number * size
         new = one_pass(operands.slice(start, size))
         add = functools.partial(jax.tree.map, jnp.add)
         return Pieces(
@@ -163,10 +169,17 @@ def _in_slices(one_pass: Pass, operands: Operands, chunk: int) -> Pieces:
     joined = jax.tree.map(lambda x: jnp.zeros((b, n, *x.shape[2:]), x.dtype), of_slice.joined)
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
     total = Pieces(zeros(of_slice.sums), zeros(of_slice.kernel_gradient), joined)
-    starts = jnp.arange(n // size) * size
-    total, _ = jax.lax.scan(lambda total, start: (step(total, start, size), None), total, starts)
-    # What is left is a pass of its own size: padding would be tokens that no one asked about.
-    return step(total, n - n % size, n % size) if n % size else total
+    slices: jax.Array | int = n // size
+    if operands.counts_B is not None:
+        slices = (jnp.max(operands.counts_B) + size - 1) // size
+    with jax.named_scope("head_chunks"):
+        return jax.lax.fori_loop(0, slices, step, total)
+
+
+def slice_size(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most` (at least 1): a last slice of another size would be the
+    whole program once more."""
+    return next(size for size in range(max(1, min(n, most)), 0, -1) if n % size == 0)
 
 
 def _lighter(head: Head, states: jax.Array) -> Head:

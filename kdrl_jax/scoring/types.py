@@ -18,14 +18,12 @@ class HeadSettings:
     chunk: int
     """Tokens per pass through the head, on each device; at least one of every row. Memory alone depends
     on it."""
-    max_new_tokens: int
-    """N: tokens scored per row, those of the longest completion."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """About each completion token, [B, N], float32 unless said otherwise; None where not computed.
+    """About each token of some lists, [B, N], float32 unless said otherwise; None where not computed.
 
     The first three have a gradient, the others none. Without a teacher only the first two are there.
     """
@@ -46,12 +44,23 @@ class TokenScores:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TeacherStates:
+    """What frozen models leave for the update, of packed rows, where it needs their distributions whole."""
+
+    states: tuple[jax.Array, ...]
+    """Each teacher's [R, N, D] that predict the tokens of the lists, D its own."""
+    weights_RK: jax.Array | None = None
+    """float32: as `TeacherSide.weights_BK`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TeacherSide:
     """The distribution to compare with: of one teacher, or of K mixed row by row. Nothing here has a
     gradient."""
 
     states: tuple[jax.Array, ...]
-    """Each teacher's [B, N, D] of `predictors`, D its own."""
+    """Each teacher's [B, N, D] that predict the tokens, D its own."""
     heads: tuple[Head, ...]
     weights_BK: jax.Array | None = None
     """What each teacher counts in a row: its distribution is sum_k w_k softmax_k. None with one teacher."""

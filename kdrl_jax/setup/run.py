@@ -13,6 +13,7 @@ from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.models import adapters
+from kdrl_jax.models.attend import row_attention
 from kdrl_jax.models.block import Holding
 from kdrl_jax.models.decoder import FrozenModel, Model, make_model
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
@@ -67,11 +68,7 @@ class Setup:
     @property
     def head(self) -> HeadSettings:
         c = self.config
-        return HeadSettings(
-            num_tokens=self.num_tokens,
-            chunk=c.train.head_chunk,
-            max_new_tokens=c.rollout.max_new_tokens,
-        )
+        return HeadSettings(num_tokens=self.num_tokens, chunk=c.train.head_chunk)
 
     def engine(self, model: Model, num_prompts: int, group_size: int, sampler: SamplerSettings) -> Engine:
         """A sampling engine with this run's lengths and tokenizer."""
@@ -136,7 +133,10 @@ def make_setup(config: Config) -> Setup:
         chat=config.tokenizer.chat_template,
     ).require()
     # Nothing of any model is read, or on a device, before here.
-    student = make_model(found["student"].config, dtype_of(config.student), holding_of(config.student))
+    attention = row_attention(config.train.attention, mesh)
+    student = make_model(
+        found["student"].config, dtype_of(config.student), holding_of(config.student), attention
+    )
     frozen, init_trainable = _prepare_student(config, found["student"], student, mesh)
     # With several frozen models, only the one at work is on the devices.
     extra = config.reference is not None or (config.uses_reference and not frozen)
@@ -148,7 +148,9 @@ def make_setup(config: Config) -> Setup:
         reference = _load_frozen(config, found["reference"], "reference", mesh, park)
     elif config.uses_reference and frozen:
         # Without its adapters, the student is what it was.
-        reference = FrozenModel(make_model(student.config, dtype_of(config.student)), frozen)
+        reference = FrozenModel(
+            make_model(student.config, dtype_of(config.student), attention=attention), frozen
+        )
     elif config.uses_reference:
         reference = _load_frozen(config, found["student"], "student", mesh, park)
     return Setup(
@@ -169,7 +171,12 @@ def make_setup(config: Config) -> Setup:
 def _load_frozen(config: Config, found: Found, role: str, mesh: Mesh, park: bool) -> FrozenModel:
     """A model that is never trained, in its compute type."""
     described = model_of(config, role)
-    model = make_model(found.config, dtype_of(described), Holding(int8=described.weights == "int8"))
+    model = make_model(
+        found.config,
+        dtype_of(described),
+        Holding(int8=described.weights == "int8"),
+        row_attention(config.train.attention, mesh),
+    )
     loaded = FrozenModel(model, load_params(found, model, mesh, dtype_of(described), config.seed))
     return loaded.parked() if park else loaded
 
@@ -199,11 +206,9 @@ def check_mesh(config: Config) -> Mesh:
     """
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.batch_shards(mesh)
-    rows = config.train.prompts_per_iteration * config.rollout.group_size // config.train.num_minibatches
     counts = {
         "train.prompts_per_iteration": config.train.prompts_per_iteration,
-        "rows of a minibatch": rows,
-        "train.microbatch_rows": config.train.microbatch_rows or rows,
+        "train.microbatch_rows": config.train.microbatch_rows or shards,
     }
     for name, count in counts.items():
         if count % shards:

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from kdrl_jax.models.adapters import overlay
-from kdrl_jax.step.objective import Heads, Objective, accumulate, num_microbatches
-from kdrl_jax.step.terms import TokenInputs
-from kdrl_jax.types import Metrics, Params, TrainBatch
+from kdrl_jax.step.objective import Heads, Minibatch, Objective, Part, StepInputs
+from kdrl_jax.types import Metrics, Params
 
 
 def make_diagnostics(
     objective: Objective,
-) -> Callable[[jax.Array, Params, Params, TrainBatch, Heads], Metrics]:
+) -> Callable[[jax.Array, Params, Params, Minibatch, Heads], Metrics]:
     """Norms of the RL and KD gradients (without their coefficients) and their cosine, as a pure function of
-    (step, trainable and frozen parameters, batch, teachers' heads).
+    (step, trainable and frozen parameters, minibatch, teachers' heads).
 
     One forward pass and a backward pass per term.
     """
@@ -24,21 +23,20 @@ def make_diagnostics(
     names = [t for t in terms.in_use if t in ("rl", "kd")]
 
     def diagnose(
-        step: jax.Array, trainable: Params, frozen: Params, batch: TrainBatch, heads: Heads
+        step: jax.Array, trainable: Params, frozen: Params, minibatch: Minibatch, heads: Heads
     ) -> Metrics:
-        at = terms.scalars(step)
+        shared = StepInputs(terms.scalars(step), heads, minibatch.batch)
 
-        def part(rows: TrainBatch, inputs: TokenInputs) -> list[Params]:
+        def gradients(part: Part) -> list[Params]:
             def values(params: Params) -> list[jax.Array]:
-                sums = objective.sums(overlay(frozen, params), rows, inputs, at, heads)
+                sums = objective.sums(overlay(frozen, params), part, shared)
                 return [sums[t] for t in names]
 
             _, pull = jax.vjp(values, trainable)
             one_hot = [[jnp.asarray(float(i == j)) for j in range(len(names))] for i in range(len(names))]
             return [pull(seed)[0] for seed in one_hot]
 
-        parts = (batch, terms.inputs(batch, objective.head))
-        grads = accumulate(part, parts, num_microbatches(objective.config, batch))
+        grads = objective.accumulate(gradients, minibatch)
         norms = {t: optax.global_norm(g) for t, g in zip(names, grads, strict=True)}
         out: Metrics = {f"{t}/grad_norm": n for t, n in norms.items()}
         if len(names) == 2:

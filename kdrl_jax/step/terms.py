@@ -16,7 +16,7 @@ from kdrl_jax.objective.divergence import Divergence
 from kdrl_jax.objective.kdrl import sampled_kd_loss
 from kdrl_jax.objective.masks import token_weights
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.scoring import HeadSettings, TokenScores, window
+from kdrl_jax.scoring import PackedRows, TokenScores
 from kdrl_jax.types import Metrics, TrainBatch
 
 NUM_QUARTERS = 4
@@ -26,7 +26,7 @@ NUM_QUARTERS = 4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenInputs:
-    """What the terms need of each completion token beside the student's scores; every array is [B, N].
+    """What the terms need of each completion token beside the student's scores; every array is [R, N].
 
     Weights are divided by what the whole minibatch holds, so that sums over its parts add up.
     """
@@ -107,8 +107,12 @@ class Terms:
         low, high = (jnp.asarray(make_schedule(s)(step)) for s in (rl.clip_low, rl.clip_high))
         return StepScalars(coefs, low, high)
 
-    def inputs(self, batch: TrainBatch, head: HeadSettings) -> TokenInputs:
-        """A whole minibatch's weights and values, before it is cut."""
+    def inputs(self, batch: TrainBatch, rows: PackedRows) -> TokenInputs:
+        """A whole minibatch's weights and values, before it is cut.
+
+        Args:
+            rows: where its completions lie.
+        """
         c, f = self.config, batch.frozen
         mask, longest = batch.completion_mask_BT, c.rollout.max_new_tokens
         kd_weights = token_weights(batch.kd_mask_BT, mask, c.kd.denominator, max_new_tokens=longest)
@@ -133,13 +137,13 @@ class Terms:
             ),
             kd_weights=kd_weights,
             part_weights=parts,
-            advantages=jnp.broadcast_to(batch.advantages_B[:, None], mask.shape),
+            advantages=batch.advantages_B,
             sampler=batch.sampler_logprobs_BT,
             old=batch.old_logprobs_BT,
             teacher=f.teacher_logprobs_BT,
             ref=f.ref_logprobs_BT,
         )
-        return jax.tree.map(lambda x: window(x, batch.starts_B, head), by_position)
+        return jax.tree.map(rows.take, by_position)
 
     def loss(self, scores: TokenScores, inputs: tuple[TokenInputs, StepScalars]) -> tuple[jax.Array, Metrics]:
         """The coefficient-weighted sum of all terms over some tokens, and sums for the metrics."""

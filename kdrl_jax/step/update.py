@@ -10,17 +10,17 @@ import optax
 from kdrl_jax.models.adapters import overlay
 from kdrl_jax.objective.policy import effective_sample_share
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.step.objective import Heads, Objective, accumulate, num_microbatches
-from kdrl_jax.step.terms import TokenInputs, finish_means
-from kdrl_jax.types import Metrics, Params, TrainBatch, TrainState
+from kdrl_jax.step.objective import Heads, Minibatch, Objective, Part, StepInputs
+from kdrl_jax.step.terms import finish_means
+from kdrl_jax.types import Metrics, Params, TrainState
 
 
 def make_update(
     objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Params, TrainBatch, Heads], tuple[TrainState, Metrics]]:
-    """The update as a pure function of (state, frozen parameters, batch, teachers' heads); compile it with
-    the state donated. The student is the state's parameters over the frozen ones, of which there are none
-    without adapters.
+) -> Callable[[TrainState, Params, Minibatch, Heads], tuple[TrainState, Metrics]]:
+    """The update as a pure function of (state, frozen parameters, minibatch, teachers' heads); compile it
+    with the state donated. The student is the state's parameters over the frozen ones, of which there are
+    none without adapters.
 
     A gradient that is not finite changes nothing but the counters: the step is taken for schedules,
     parameters and moments stay as they are.
@@ -29,23 +29,24 @@ def make_update(
     learning_rate = make_schedule(config.optimizer.learning_rate)
 
     def update(
-        state: TrainState, frozen: Params, batch: TrainBatch, heads: Heads
+        state: TrainState, frozen: Params, minibatch: Minibatch, heads: Heads
     ) -> tuple[TrainState, Metrics]:
         at = terms.scalars(state.step)
+        shared = StepInputs(at, heads, minibatch.batch)
 
-        def part(rows: TrainBatch, inputs: TokenInputs) -> Any:
+        def loss_and_gradient(part: Part) -> Any:
             def loss(params: Params) -> tuple[jax.Array, Metrics]:
-                return objective.loss(overlay(frozen, params), rows, inputs, at, heads)
+                return objective.loss(overlay(frozen, params), part, shared)
 
             return jax.value_and_grad(loss, has_aux=True)(state.params)
 
-        parts = (batch, terms.inputs(batch, objective.head))
-        (loss, sums), grads = accumulate(part, parts, num_microbatches(config, batch))
+        (loss, sums), grads = objective.accumulate(loss_and_gradient, minibatch)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         lr = learning_rate(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
@@ -62,6 +63,7 @@ def make_update(
             "lr": jnp.asarray(lr),
             "skipped_updates": new.skipped_total,
             "skipped_in_a_row": new.skipped,
+            "padding_frac": minibatch.packs.padding_frac,
         }
         return new, metrics
 

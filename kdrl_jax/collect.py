@@ -1,0 +1,164 @@
+"""Drawing prompts, completing them, and having the completions verified."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+
+from kdrl_jax.config.schedules import constant
+from kdrl_jax.data.prompts import PromptStream, encode_completion
+from kdrl_jax.optim import make_schedule
+from kdrl_jax.progress import Reporter
+from kdrl_jax.rewards.pool import RewardPool, Scored
+from kdrl_jax.rollout.engine import Chunk
+from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
+from kdrl_jax.rollout.recorded import from_completions
+from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.rounds import Round, verdicts
+from kdrl_jax.setup import Setup
+from kdrl_jax.types import Params, Prompts, Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Completions of one draw of prompts, which workers are verifying."""
+
+    prompts: Prompts
+    rollouts: Rollouts
+    ids: list[np.ndarray]
+    texts: list[str]
+    max_new_tokens: int
+    idle_frac: float | None
+    """As in `Round`."""
+    pending: Future[list[Scored]] | None
+    """None for completions of a dataset."""
+    sources: list[str]
+    """Of each row, the source of its prompt."""
+
+
+class Collector:
+    """Draws rounds from the data and verifies them."""
+
+    def __init__(self, setup: Setup, data: PromptStream, pool: RewardPool, should_stop: Callable[[], bool]):
+        c = setup.config
+        self._setup, self._config, self._data, self._pool = setup, c, data, pool
+        self._should_stop = should_stop
+        self._told_errors = False
+        self._length_limit = make_schedule(c.rollout.length_limit or constant(c.rollout.max_new_tokens))
+        model = setup.student
+        if c.rollout.source == "teacher":
+            assert setup.teacher is not None
+            model = setup.teacher.model
+        self._engine = setup.engine(
+            model, c.train.prompts_per_iteration, c.rollout.group_size, SamplerSettings()
+        )
+
+    def draw(self, student_params: Params, step: int, temperature: float, reporter: Reporter) -> Drawn:
+        """The next prompts with completions, which are handed to the workers.
+
+        Raises:
+            Stopped: when asked to stop between two chunks of decoding.
+        """
+        prompts = next(self._data)
+        limit = round(float(self._length_limit(step)))
+        if self._config.rollout.source == "dataset":
+            rollouts, idle_frac = self._given(prompts), None
+        else:
+            rollouts, idle_frac = self._sampled(student_params, step, prompts, temperature, limit, reporter)
+        jax.block_until_ready(rollouts)
+        ids = completion_ids(rollouts)
+        texts = [self._setup.tokenizer.decode(row.tolist()) for row in ids]
+        pending = self._submit(prompts, texts)
+        sources = [s for s in prompts.sources for _ in range(self._config.rollout.group_size)]
+        return Drawn(prompts, rollouts, ids, texts, limit, idle_frac, pending, sources)
+
+    def verify(self, drawn: Drawn, reporter: Reporter) -> Round:
+        """Waits for the workers' verdicts."""
+        scored = None
+        if drawn.pending is not None:
+            reporter.stage("verifying")
+            scored = drawn.pending.result()
+            self._tell_errors(scored, reporter)
+        d = drawn
+        rewards, correct = verdicts(self._config, scored, len(d.ids))
+        return Round(
+            d.prompts,
+            d.rollouts,
+            d.ids,
+            d.texts,
+            scored,
+            rewards,
+            correct,
+            d.max_new_tokens,
+            d.idle_frac,
+            d.sources,
+        )
+
+    def _given(self, prompts: Prompts) -> Rollouts:
+        """The completions of the dataset."""
+        c, t = self._config, self._setup.tokenizer
+        return from_completions(
+            prompts,
+            [encode_completion(t, text or "") for text in prompts.completions],
+            max_new_tokens=c.rollout.max_new_tokens,
+            end_ids=t.end_ids,
+            pad_id=t.pad_id,
+            mesh=self._setup.mesh,
+        )
+
+    def _sampled(
+        self,
+        student_params: Params,
+        step: int,
+        prompts: Prompts,
+        temperature: float,
+        limit: int,
+        reporter: Reporter,
+    ) -> tuple[Rollouts, float]:
+        """Completions of at most `limit` tokens; and `Round.idle_frac`."""
+        c, t, params = self._config, self._setup.tokenizer, student_params
+        if c.rollout.source == "teacher":
+            assert self._setup.teacher is not None
+            params = self._setup.teacher.on_device()
+        idle_frac = 0.0
+
+        def on_chunk(chunk: Chunk) -> None:
+            nonlocal idle_frac
+            idle_frac = chunk.idle_frac
+            reporter.stage(f"sampling: {chunk.num_tokens} tokens, {chunk.num_running} rows to go")
+
+        reporter.stage("sampling")
+        rollouts = self._engine.generate(
+            params,
+            prompts,
+            jax.random.fold_in(seed_key(c.seed), step),
+            temperature=temperature,
+            max_new_tokens=limit,
+            on_chunk=on_chunk,
+            should_stop=self._should_stop,
+        )
+        return cut_at_stops(rollouts, t.decode, c.rollout.stop, pad_id=t.pad_id), idle_frac
+
+    def _submit(self, prompts: Prompts, texts: list[str]) -> Future[list[Scored]] | None:
+        """Hands the completions to the worker processes; None for those of a dataset."""
+        if self._config.rollout.source == "dataset":
+            return None
+        g = self._config.rollout.group_size
+        return self._pool.submit(
+            [q for q in prompts.questions for _ in range(g)],
+            texts,
+            [a for a in prompts.answers for _ in range(g)],
+        )
+
+    def _tell_errors(self, scored: list[Scored], reporter: Reporter) -> None:
+        """Says so once, if answers got no verdict."""
+        errors = [s.error for s in scored if s.error is not None]
+        if not errors or self._told_errors:
+            return
+        self._told_errors = True
+        reporter.note(
+            f"{len(errors)} of {len(scored)} answers got no verdict and score 0, the first: {errors[0]} "
+            "(later ones are counted in reward/errors)"
+        )
