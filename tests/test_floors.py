@@ -42,6 +42,7 @@ FLOORS = {
     "eval": 5,
     "runs": 3,
     "export": 5,
+    "plan": 5,
     "report": 5,
     "sample": 5,
     "train": 5,

@@ -25,14 +25,13 @@ class KeysSeen:
 
 
 def keys_seen(config: DecoderConfig, begin: int, end: int) -> KeysSeen:
-    """What the tokens at positions [begin, end) of a sequence see: all of it for begin=0, the completion after
-    a prompt of `begin` tokens, or one token to decode.
+    """What the tokens at positions [begin, end) of a sequence see: all of it, a completion, or one token.
 
     Raises:
         ValueError: when there are none.
     """
     if not 0 <= begin < end:
-        raise ValueError(f"positions [{begin}, {end}) are none; end must be above begin, and begin at least 0")
+        raise ValueError(f"no positions in [{begin}, {end}): end must be above begin, and begin at least 0")
     window = end if config.sliding_window is None else config.sliding_window
     # Tokens before position `window` see all that is there.
     growing = max(min(window, end) - begin, 0)
@@ -53,9 +52,7 @@ def layer_parameters(config: DecoderConfig) -> int:
     return total
 
 
-def forward_flops(
-    config: DecoderConfig, num_tokens: float, num_head_tokens: float, seen: KeysSeen
-) -> float:
+def forward_flops(config: DecoderConfig, num_tokens: float, num_head_tokens: float, seen: KeysSeen) -> float:
     """Operations of one pass.
 
     Args:
@@ -70,8 +67,6 @@ def forward_flops(
     return num_tokens * (2 * layer_parameters(config) + attention) + num_head_tokens * head
 
 
-def training_flops(
-    config: DecoderConfig, num_tokens: float, num_head_tokens: float, seen: KeysSeen
-) -> float:
+def training_flops(config: DecoderConfig, num_tokens: float, num_head_tokens: float, seen: KeysSeen) -> float:
     """Operations of a pass and of the gradient in all matrices; arguments as `forward_flops`."""
     return 3 * forward_flops(config, num_tokens, num_head_tokens, seen)
