@@ -14,6 +14,7 @@ from kdrl_jax.plan import hlo, model_flops
 from kdrl_jax.plan.chips import CHIPS
 from kdrl_jax.plan.cost import analyse
 from kdrl_jax.plan.topology import make_topology
+from kdrl_jax.plan.walk import Given
 
 # The text
 
@@ -151,6 +152,106 @@ def test_only_what_is_waited_for_takes_time(rows, waits):
     assert (found.count, found.seconds) == (1, pytest.approx(network))
     assert cost.seconds == pytest.approx(max(network, compute))
     assert cost.seconds_by_kind.get("collective", 0.0) == pytest.approx(max(network - compute, 0.0))
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "(f32[1024,1024]{1,0}) all-reduce-start(%p), to_apply=%body",
+        "((f32[1024,1024]{1,0}), f32[1024,1024]{1,0}, u32[]) async-start(%p), calls=%body",
+    ],
+)
+def test_other_ways_to_start_a_collective(start):
+    text = f"""HloModule m, num_partitions=4
+%body (p0: f32[1024,1024]) -> f32[1024,1024] {{
+  %p0 = f32[1024,1024]{{1,0}} parameter(0)
+  ROOT %r = f32[1024,1024]{{1,0}} all-reduce(%p0), replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+}}
+ENTRY %main (p: f32[1024,1024]) -> f32[1024,1024] {{
+  %p = f32[1024,1024]{{1,0}} parameter(0)
+  %s = {start}, replica_groups={{{{0,1,2,3}}}}
+  ROOT %d = f32[1024,1024]{{1,0}} {start.split()[-2].partition("-start")[0]}-done(%s)
+}}
+"""
+    cost = analyse(text, CHIP)
+    (found,) = cost.collectives
+    size = 1024 * 1024 * 4
+    assert (found.kind, found.count, found.group_size, found.bytes) == ("all-reduce", 1, 4, size)
+    assert found.seconds == pytest.approx(2 * (0.75 * size / (2 * CHIP.link) + 2e-6))
+    assert cost.seconds == pytest.approx(found.seconds)
+    assert cost.bytes == 2 * size
+
+
+def test_what_no_one_waits_for_still_takes_its_time():
+    text = "\n".join(line for line in OVERLAP.splitlines() if "-done" not in line)
+    text = text.replace("NUM", "128").replace("tuple(%e, ", "tuple(%p, ")
+    cost = analyse(text, CHIP)
+    (found,) = cost.collectives
+    assert cost.seconds == pytest.approx(found.seconds)
+
+
+CUT = """HloModule m, num_partitions=4
+%all-reduce-scatter (p0: f32[4096,1024], p1: s32[]) -> f32[1024,1024] {
+  %p0 = f32[4096,1024]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %r = f32[4096,1024]{1,0} all-reduce(%p0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %z = s32[] constant(0)
+  ROOT %c = f32[1024,1024]{1,0} dynamic-slice(%r, %p1, %z), dynamic_slice_sizes={1024,1024}
+}
+ENTRY %main (p: f32[4096,1024], i: s32[]) -> f32[1024,1024] {
+  %p = f32[4096,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1024,1024]{1,0} fusion(%p, %i), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_sum_that_is_cut_at_once_is_a_reduce_scatter():
+    cost = analyse(CUT, CHIP)
+    (found,) = cost.collectives
+    size = 4096 * 1024 * 4
+    assert (found.kind, found.count, found.group_size, found.bytes) == ("reduce-scatter", 1, 4, size)
+    assert cost.seconds == pytest.approx(0.75 * size / (2 * CHIP.link) + 2e-6)
+
+
+# Other forms of instructions
+
+
+def test_a_fusion_that_ends_in_a_conversion_reads_all_of_its_operand():
+    text = """HloModule m
+%fused (p0: bf16[1024,1024]) -> f32[1024,1024] {
+  %p0 = bf16[1024,1024]{1,0} parameter(0)
+  ROOT %c = f32[1024,1024]{1,0} convert(%p0)
+}
+ENTRY %main (p: bf16[1024,1024]) -> f32[1024,1024] {
+  %p = bf16[1024,1024]{1,0} parameter(0)
+  ROOT %f = f32[1024,1024]{1,0} fusion(%p), kind=kLoop, calls=%fused
+}
+"""
+    assert analyse(text, CHIP).bytes == (2 + 4) * 1024 * 1024
+
+
+@pytest.mark.parametrize(("weights", "arrays"), [((1, 0), 3), ((0, 1), 2), (None, 3)])
+def test_branches_of_a_predicate(weights, arrays):
+    text = """HloModule m
+%yes (p0: f32[1024]) -> f32[1024] {
+  %p0 = f32[1024]{0} parameter(0)
+  ROOT %n = f32[1024]{0} negate(%p0)
+}
+%no (p1: f32[1024]) -> f32[1024] {
+  %p1 = f32[1024]{0} parameter(0)
+  %c = f32[1024]{0} constant({...})
+  ROOT %a = f32[1024]{0} add(%p1, %c)
+}
+ENTRY %main (p: pred[], x: f32[1024]) -> f32[1024] {
+  %p = pred[] parameter(0)
+  %x = f32[1024]{0} parameter(1)
+  ROOT %f = f32[1024]{0} conditional(%p, %x, %x), true_computation=%yes, false_computation=%no, \
+metadata={op_name="jit(f)/choice/cond"}
+}
+"""
+    given = Given(branches={} if weights is None else {"choice": weights})
+    assert analyse(text, CHIP, given).bytes == arrays * 4096
 
 
 # Chips and topologies

@@ -48,9 +48,10 @@ CHIPS = {
         Chip("v5p", "v5p", 3, False, 95.74 * _GIB, 459e12, 918e12, 2765e9, 100e9, 1.75e9),
         # Clock: not published; the peak, over 2 x 256 x 256 products in each of two units, twice a cycle.
         Chip("v6e", "v6e", 2, False, 31.25 * _GIB, 918e12, 1836e12, 1600e9, 100e9, 1.75e9),
-        # Half of a chip's 2307 TFLOP/s and 7380 GB/s. 8 bits: the page's peak for fp8, as no integer peak is
-        # given. The links are shared by both halves, each counted with half. Clock: as v6e.
-        Chip("v7x", "tpu7x", 3, False, 94.75 * _GIB, 1153.5e12, 2307e12, 3690e9, 50e9, 2.2e9),
+        # Half of a chip's 2307 TFLOP/s and 7380 GB/s. The page gives no integer peak, and the compiler
+        # expects no more of 8 bits than of 16. The links are shared by both halves, each counted with half.
+        # Clock: as v6e.
+        Chip("v7x", "tpu7x", 3, False, 94.75 * _GIB, 1153.5e12, 1153.5e12, 3690e9, 50e9, 2.2e9),
     )
 }
 """By kind."""

@@ -56,7 +56,7 @@ def transfers(reader: Reader, computation: Computation, instruction: Instruction
     The TPU compiler spreads a collective over a fusion that starts it, some that compute beside it and one
     that waits for it, and writes it in each: it counts where it starts.
     """
-    if instruction.opcode.endswith("-start") and instruction.called is not None:
+    if instruction.opcode == "async-start" and instruction.called is not None:
         called = reader.module.computations[instruction.called]
         inner = [(called, x) for x in called]
     else:

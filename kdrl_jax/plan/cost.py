@@ -6,9 +6,10 @@ operands and writes its results. Instructions run in the order of the schedule:
 
 - A product takes what the TPU compiler estimates for it (`estimated_cycles`), and never less than its
   operations at peak or its bytes at the memory's bandwidth. Any other instruction takes its bytes at the
-  bandwidth. The compiler estimates those too, but not well: adding 1 to 512 MiB of bfloat16 it takes to run
-  at a third of the bandwidth on every chip, whereas its products of large matrices are at 78 to 94 % of the
-  peak (libtpu 0.0.42).
+  bandwidth. The compiler estimates those too, but not well: `benchmarks/compiler_estimates.py` shows that it
+  takes products of large bfloat16 matrices to run at 78 to 94 % of a chip's peak, and an addition in the
+  main memory at 36 to 41 % of the bandwidth. The truth is likely between `Cost.seconds` and
+  `Cost.compiler_seconds`, which believes it in all.
 - A Pallas kernel takes its operations at `KERNEL_SHARE` of the peak, or its bytes at the bandwidth. The
   compiler knows neither. They come from the caller, or from the `cost_estimate` the kernel was given; failing
   both, its bytes are taken to be its operands and results, and `Cost.notes` says so.

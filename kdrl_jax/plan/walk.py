@@ -221,6 +221,7 @@ class Walk:
         tally.bytes += step.bytes
         if step.note:
             tally.notes[step.note] = None
+        clock.memory = max(clock.memory, clock.now) + step.in_memory
         moved = transfers(self.reader, computation, instruction)
         for transfer in moved:
             seconds = transfer.seconds(self.chip)
@@ -233,7 +234,6 @@ class Walk:
             else:
                 tally.take(scope, "collective", clock.network - clock.now)
                 clock.now = clock.network
-        clock.memory = max(clock.memory, clock.now) + step.in_memory
         if instruction.opcode in ("copy-start", "slice-start"):
             clock.ends[instruction.name] = (clock.memory, "memory")
         elif not moved:
