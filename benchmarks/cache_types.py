@@ -17,8 +17,8 @@ import numpy as np
 from kdrl_jax.config import load_config
 from kdrl_jax.data.prompts import load_eval_prompts
 from kdrl_jax.frozen import LogprobScorer
-from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
+from kdrl_jax.scoring.packer import pack_rollouts, pack_shape
 from kdrl_jax.setup import make_setup
 
 CONFIG = Path("configs/smollm2_gsm8k_cpu.yaml")

@@ -118,7 +118,7 @@ FAULTS = (
     ),
     Fault(
         "trained ids are not the sampled ones",
-        "packer.py",
+        "scoring/packer.py",
         "                rollouts.tokens_BT,\n",
         "                rollouts.tokens_BT.at[:, -1].add(1),\n",
         f"{TRAIN} -k trained_ids",
@@ -344,7 +344,7 @@ FAULTS = (
     ),
     Fault(
         "replaced groups do not distil",
-        "rounds.py",
+        "rounds/choose.py",
         "place < len(for_rl), place < len(used)",
         "place < len(for_rl), place < len(for_rl)",
         "test_rounds.py -k still_distil",

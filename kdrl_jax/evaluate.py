@@ -15,7 +15,6 @@ from kdrl_jax.data.prompts import load_eval_prompts
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.metrics import repeated_ngram_frac
 from kdrl_jax.models.decoder import FrozenModel, Model
-from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine, Stopped
 from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
@@ -29,6 +28,7 @@ from kdrl_jax.scoring import (
     score_predictors,
     sum_passes,
 )
+from kdrl_jax.scoring.packer import pack_rollouts, pack_shape
 from kdrl_jax.sharding import batch_shards
 from kdrl_jax.types import Params, Prompts, Rollouts
 

@@ -13,7 +13,6 @@ from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
-from kdrl_jax.packer import Packed
 from kdrl_jax.scoring import (
     Bounds,
     HeadSettings,
@@ -23,6 +22,7 @@ from kdrl_jax.scoring import (
     TeacherStates,
     make_scorer,
 )
+from kdrl_jax.scoring.packer import Packed
 from kdrl_jax.types import FrozenScores, Params, Rollouts
 
 

@@ -16,7 +16,6 @@ from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
-from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.runs import run_of
 from kdrl_jax.scoring import (
     HeadSettings,
@@ -26,6 +25,7 @@ from kdrl_jax.scoring import (
     score_predictors,
     sum_passes,
 )
+from kdrl_jax.scoring.packer import pack_rollouts, pack_shape
 from kdrl_jax.types import Params, Rollouts, TrainingError
 
 LIMIT = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.05}

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from kdrl_jax.batch import make_batch_builder, take_rows
 from kdrl_jax.checkpoint import Checkpoints
-from kdrl_jax.collect import Collector, Drawn
 from kdrl_jax.config import Config, save_config
 from kdrl_jax.config.schedules import is_zero
 from kdrl_jax.data.prompts import PromptStream, open_prompts
@@ -27,12 +26,22 @@ from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
 from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool
-from kdrl_jax.rollout.engine import Stopped
-from kdrl_jax.rounds import Chosen, Round, choose, round_metrics, sample_rows, wants_another
+from kdrl_jax.rollout.engine import Engine, Stopped
+from kdrl_jax.rollout.sampling import SamplerSettings
+from kdrl_jax.rounds import (
+    Chosen,
+    Collector,
+    Drawn,
+    Round,
+    choose,
+    round_metrics,
+    sample_rows,
+    wants_another,
+)
 from kdrl_jax.runs import check_same_run, is_complete, prerequisites
+from kdrl_jax.scoring.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
 from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
@@ -110,7 +119,9 @@ class Run:
                 pool=self.pool,
             )
         self.temperature = make_schedule(c.rollout.temperature)
-        self.collector = Collector(setup, self.data, self.pool, should_stop)
+        self.collector = Collector(
+            c, setup.tokenizer, setup.mesh, self._engine(), setup.teacher, self.data, self.pool, should_stop
+        )
         self._compile()
         # Settings and data have been looked at; only now is anything written, and the config only
         # once the checkpoint (if any) fits it.
@@ -132,6 +143,15 @@ class Run:
             seed=c.seed,
             needs_completion=c.rollout.source == "dataset",
         )
+
+    def _engine(self) -> Engine:
+        """Of the model that completes the prompts."""
+        setup, c = self.setup, self.config
+        model = setup.student
+        if c.rollout.source == "teacher":
+            assert setup.teacher is not None
+            model = setup.teacher.model
+        return setup.engine(model, c.train.prompts_per_iteration, c.rollout.group_size, SamplerSettings())
 
     def _compile(self) -> None:
         setup, c = self.setup, self.config

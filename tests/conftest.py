@@ -24,5 +24,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kdrl_jax_test_cache_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# What `main` sets before libtpu compiles, and that processes of tests may load it side by side.
+for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 # No test waits for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -10,8 +10,8 @@ from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.frozen import FrozenScorer
 from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, make_model
 from kdrl_jax.objective.divergence import mixture
-from kdrl_jax.packer import pack_rollouts, pack_shape
 from kdrl_jax.scoring import HeadSettings
+from kdrl_jax.scoring.packer import pack_rollouts, pack_shape
 from kdrl_jax.types import Rollouts
 
 V, B, T = 23, 8, 14

@@ -9,8 +9,8 @@ from packed import packed, shape_for
 
 from kdrl_jax import sharding
 from kdrl_jax.config import Config, MeshConfig
-from kdrl_jax.packer import config_pack_shape, minibatch_rows, pack_shape
 from kdrl_jax.scoring import PackShape, passes_needed, place
+from kdrl_jax.scoring.packer import config_pack_shape, minibatch_rows, pack_shape
 
 LONGEST = 12
 

@@ -17,8 +17,8 @@ from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.models.attend import PLAIN, RowAttention
 from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.models.remat import LADDER
-from kdrl_jax.packer import minibatch_rows
 from kdrl_jax.scoring import HeadSettings, TeacherStates, TokenScores, make_scorer, score_rows
+from kdrl_jax.scoring.packer import minibatch_rows
 from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
 from kdrl_jax.step.objective import StepInputs
 from kdrl_jax.step.terms import Terms

@@ -6,18 +6,20 @@ from concurrent.futures import Future
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from kdrl_jax.config.schedules import constant
 from kdrl_jax.data.prompts import PromptStream, encode_completion
+from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.models.decoder import FrozenModel
 from kdrl_jax.optim import make_schedule
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool, Scored
-from kdrl_jax.rollout.engine import Chunk
+from kdrl_jax.rollout.engine import Chunk, Engine
 from kdrl_jax.rollout.finish import completion_ids, cut_at_stops
 from kdrl_jax.rollout.recorded import from_completions
-from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
-from kdrl_jax.rounds import Round, verdicts
-from kdrl_jax.setup import Setup
+from kdrl_jax.rollout.sampling import seed_key
+from kdrl_jax.rounds.choose import Round, verdicts
 from kdrl_jax.types import Params, Prompts, Rollouts
 
 
@@ -41,19 +43,29 @@ class Drawn:
 class Collector:
     """Draws rounds from the data and verifies them."""
 
-    def __init__(self, setup: Setup, data: PromptStream, pool: RewardPool, should_stop: Callable[[], bool]):
-        c = setup.config
-        self._setup, self._config, self._data, self._pool = setup, c, data, pool
-        self._should_stop = should_stop
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        engine: Engine,
+        teacher: FrozenModel | None,
+        data: PromptStream,
+        pool: RewardPool,
+        should_stop: Callable[[], bool],
+    ):
+        """Takes what it works with.
+
+        Args:
+            engine: of the model that completes the prompts.
+            teacher: completes them with rollout.source=teacher.
+            should_stop: asked between two chunks of decoding.
+        """
+        self._config, self._tokenizer, self._mesh, self._engine = config, tokenizer, mesh, engine
+        self._teacher, self._data, self._pool, self._should_stop = teacher, data, pool, should_stop
         self._told_errors = False
-        self._length_limit = make_schedule(c.rollout.length_limit or constant(c.rollout.max_new_tokens))
-        model = setup.student
-        if c.rollout.source == "teacher":
-            assert setup.teacher is not None
-            model = setup.teacher.model
-        self._engine = setup.engine(
-            model, c.train.prompts_per_iteration, c.rollout.group_size, SamplerSettings()
-        )
+        r = config.rollout
+        self._length_limit = make_schedule(r.length_limit or constant(r.max_new_tokens))
 
     def draw(self, student_params: Params, step: int, temperature: float, reporter: Reporter) -> Drawn:
         """The next prompts with completions, which are handed to the workers.
@@ -69,7 +81,7 @@ class Collector:
             rollouts, idle_frac = self._sampled(student_params, step, prompts, temperature, limit, reporter)
         jax.block_until_ready(rollouts)
         ids = completion_ids(rollouts)
-        texts = [self._setup.tokenizer.decode(row.tolist()) for row in ids]
+        texts = [self._tokenizer.decode(row.tolist()) for row in ids]
         pending = self._submit(prompts, texts)
         sources = [s for s in prompts.sources for _ in range(self._config.rollout.group_size)]
         return Drawn(prompts, rollouts, ids, texts, limit, idle_frac, pending, sources)
@@ -98,14 +110,14 @@ class Collector:
 
     def _given(self, prompts: Prompts) -> Rollouts:
         """The completions of the dataset."""
-        c, t = self._config, self._setup.tokenizer
+        c, t = self._config, self._tokenizer
         return from_completions(
             prompts,
             [encode_completion(t, text or "") for text in prompts.completions],
             max_new_tokens=c.rollout.max_new_tokens,
             end_ids=t.end_ids,
             pad_id=t.pad_id,
-            mesh=self._setup.mesh,
+            mesh=self._mesh,
         )
 
     def _sampled(
@@ -118,10 +130,10 @@ class Collector:
         reporter: Reporter,
     ) -> tuple[Rollouts, float]:
         """Completions of at most `limit` tokens; and `Round.idle_frac`."""
-        c, t, params = self._config, self._setup.tokenizer, student_params
+        c, t, params = self._config, self._tokenizer, student_params
         if c.rollout.source == "teacher":
-            assert self._setup.teacher is not None
-            params = self._setup.teacher.on_device()
+            assert self._teacher is not None
+            params = self._teacher.on_device()
         idle_frac = 0.0
 
         def on_chunk(chunk: Chunk) -> None:

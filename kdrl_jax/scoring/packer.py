@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from kdrl_jax import sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.attend import row_attention
-from kdrl_jax.scoring import Packs, PackShape, pack, passes_needed, place
+from kdrl_jax.scoring.packing import PackShape, passes_needed, place
+from kdrl_jax.scoring.packs import Packs, pack
 from kdrl_jax.types import Rollouts
 
 POSITIONS = 2048
