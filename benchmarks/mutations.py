@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from optimizer_faults import OPTIMIZER_FAULTS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -395,6 +397,7 @@ FAULTS = (
         "    return total",
         f"{STEP} -k chunks",
     ),
+    *(Fault(*row) for row in OPTIMIZER_FAULTS),
 )
 
 

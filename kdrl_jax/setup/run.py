@@ -29,6 +29,7 @@ from kdrl_jax.setup.parameters import (
     dtype_of,
     holding_of,
     load_params,
+    trainable_dims,
 )
 from kdrl_jax.types import Params, TrainState
 
@@ -104,9 +105,8 @@ class Setup:
         """Shapes, types and shardings of the state; nothing is loaded."""
         params = abstract_trainable(self.student, self.mesh)
         everywhere = sharding.replicated(self.mesh)
-        shardings = opt_state_shardings(
-            self.optimizer, params, jax.tree.map(lambda x: x.sharding, params), everywhere
-        )
+        dims = trainable_dims(self.student)
+        shardings = opt_state_shardings(self.optimizer, params, dims, everywhere)
         opt_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(self.optimizer.init, params),
@@ -158,7 +158,7 @@ def make_setup(config: Config) -> Setup:
         student=student,
         teachers=teachers,
         reference=reference,
-        optimizer=make_optimizer(config.optimizer),
+        optimizer=make_optimizer(config.optimizer, trainable_dims(student)),
         frozen=frozen,
         init_trainable=init_trainable,
         num_tokens=pairing.num_tokens,
