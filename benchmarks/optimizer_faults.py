@@ -73,6 +73,13 @@ OPTIMIZER_FAULTS = (
         "test_optim_state.py -k lie_with",
     ),
     (
+        "the optimizer's state stays on the devices after updates",
+        "train.py",
+        "        self.state = self.setup.park(self.state)\n        self.write_rollouts",
+        "        self.write_rollouts",
+        "test_optim_state.py -k 'interrupted and bf16'",
+    ),
+    (
         "Adafactor takes settings that it does not read",
         "config/checks.py",
         'if o.kind == "adafactor":',

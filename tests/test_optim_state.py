@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from test_optim import KINDS, MODEL, PARAMS, after, assert_same, gradients, mesh_of, placed, scaling
+from tiny_runs import assert_same_run, run
 
 from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
-from kdrl_jax.config import OptimizerConfig
+from kdrl_jax.config import OptimizerConfig, load_run_config
 from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.optim import make_optimizer
+from kdrl_jax.train import _Run, train
 from kdrl_jax.types import TrainState
 
 P = jax.sharding.PartitionSpec
@@ -118,6 +122,42 @@ def test_a_checkpoint_holds_the_state_to_the_bit(kind, tmp_path):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         assert a.sharding == b.sharding
         assert a.dtype == b.dtype
+
+
+SECTIONS = {"train": {"num_minibatches": 2, "num_steps": 6}, "eval": {"every": 0, "num_samples": 0}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parked_and_interrupted_run_is_the_same_run(kind, tmp_path, monkeypatch):
+    """Of six updates, two an iteration; the second run is stopped after the first iteration, and has its
+    state in the hosts' memory."""
+    sections = {**SECTIONS, "optimizer": {"kind": kind}}
+    _, done = run(tmp_path, "plain", **sections)
+    assert done
+    seen = []
+
+    def watched(stage):
+        method = getattr(_Run, stage)
+
+        def call(self, *args):
+            kinds = {x.sharding.memory_kind for x in jax.tree.leaves(self.state.opt_state)}
+            seen.append((stage, *kinds))
+            return method(self, *args)
+
+        monkeypatch.setattr(_Run, stage, call)
+
+    for stage in ("rollouts", "accuracy", "batch", "run_update", "save"):
+        watched(stage)
+    log = tmp_path / "parked" / "metrics.jsonl"
+    parked = {**sections, "train": {**SECTIONS["train"], "park_optimizer": True}}
+    _, done = run(tmp_path, "parked", lambda: log.exists() and log.read_text().count("\n") > 1, **parked)
+    assert not done
+    assert train(load_run_config(tmp_path / "parked"), Console(quiet=True), lambda: False, resume=True)
+    assert_same_run(tmp_path / "plain", tmp_path / "parked")
+    assert {stage for stage, *_ in seen} == {"rollouts", "accuracy", "batch", "run_update", "save"}
+    for stage, *where in seen:
+        assert where == ["device" if stage == "run_update" else "pinned_host"], stage
+    assert json.loads(log.read_text().splitlines()[-1])["time/compiles"] == 0  # moving it is no new program
 
 
 PUBLISHED = {

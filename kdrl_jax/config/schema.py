@@ -94,6 +94,9 @@ class TrainConfig(Section):
     park_frozen: Literal["auto", "always", "never"] = "auto"
     """Whether teachers and reference wait in the hosts' memory while they do not score; `auto` parks them
     where there are several."""
+    park_optimizer: Flag = False
+    """Keep the optimizer's state in the hosts' memory while sampling, scoring and evaluating: it comes to the
+    devices once per iteration, for its updates. The numbers stay the same."""
     head_chunk: Positive = 320
     """Tokens per pass through the vocabulary head, on each device; changes memory and speed alone. The
     default takes at most 1.6 GiB with 151,936 tokens and models 3,584 wide (`benchmarks/head.py`); with

@@ -94,12 +94,25 @@ class Setup:
         return Engine(model, settings, self.mesh)
 
     def init_state(self) -> TrainState:
-        """Step 0: the student's first parameters and empty moments, each on its devices."""
+        """Step 0: the student's first parameters on the devices and empty moments, parked if they are."""
         params = self.init_trainable()
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
         zero = [jax.device_put(np.zeros((), np.int32), shardings.step) for _ in range(3)]
-        return TrainState(zero[0], params, opt_state, zero[1], zero[2])
+        return self.park(TrainState(zero[0], params, opt_state, zero[1], zero[2]))
+
+    def park(self, state: TrainState) -> TrainState:
+        """With train.park_optimizer, the optimizer's state in the hosts' memory, as it is between updates."""
+        return self._with_optimizer_in(state, "pinned_host")
+
+    def unpark(self, state: TrainState) -> TrainState:
+        """What can be updated: all of the state on the devices."""
+        return self._with_optimizer_in(state, "device")
+
+    def _with_optimizer_in(self, state: TrainState, memory: str) -> TrainState:
+        if not self.config.train.park_optimizer:
+            return state
+        return dataclasses.replace(state, opt_state=sharding.move(state.opt_state, memory))
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state; nothing is loaded."""
