@@ -78,7 +78,7 @@ def lower_update(model: Model, mesh: Mesh) -> Any:
         }
     )
     head = HeadSettings(num_tokens=model.config.vocab_size, chunk=1024, max_new_tokens=NEW)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, model.dims)
     params = abstract_params(model, mesh, jnp.float32)
     count = array(dtype=jnp.int32)
     state = TrainState(count, params, jax.eval_shape(optimizer.init, params), count, count)

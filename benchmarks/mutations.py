@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from optimizer_faults import OPTIMIZER_FAULTS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -398,6 +400,7 @@ FAULTS = (
         "slices: jax.Array | int = n // size - 1",
         f"{STEP} -k chunks",
     ),
+    *(Fault(*row) for row in OPTIMIZER_FAULTS),
 )
 
 

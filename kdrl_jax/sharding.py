@@ -6,6 +6,7 @@ The mesh is Auto: the compiler propagates shardings between the constraints give
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -88,9 +89,19 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def constrain(x: jax.Array, dims: str) -> jax.Array:
+def move(tree: Any, memory: str) -> Any:
+    """Arrays in the memory of that kind, each part beside its device; those there already are not copied.
+
+    Args:
+        memory: `device`, or `pinned_host`, the hosts' memory.
+    """
+    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
+    return jax.device_put(tree, places)
+
+
+def constrain(x: jax.Array, dims: str, rules: Rules = RULES) -> jax.Array:
     """Pins an intermediate to its place on the mesh of `jax.set_mesh`; without one, returns it."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, mesh, rules))

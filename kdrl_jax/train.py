@@ -179,7 +179,7 @@ class Run:
                 f"optimizer ({str(error).splitlines()[0][:200]}); undo what was changed"
             ) from error
         self.data.set_state(host["data"])
-        return state, host["last_eval"]
+        return self.setup.park(state), host["last_eval"]
 
     def __enter__(self) -> "Run":
         self.reporter.__enter__()
@@ -256,6 +256,7 @@ class Run:
             scored = self.score(chosen.rollouts, chosen.sources, temperature, clock)
         minibatches = self.minibatches(chosen, *scored, temperature)
         shared = round_metrics(c, rounds) | {"temperature": temperature}
+        self.state = self.setup.unpark(self.state)
         clock.lap("time/update")
         for number, minibatch in enumerate(minibatches * c.train.num_epochs):
             metrics = self.diagnostics(minibatch) if number == 0 else {}
@@ -267,6 +268,7 @@ class Run:
             num_tokens = sum(len(ids) for r in rounds for ids in r.ids)
             of_iteration = clock.summary(num_tokens) | {"time/compiles": self.compiles.take()} if last else {}
             self.write(metrics | shared | of_iteration)
+        self.state = self.setup.park(self.state)
         self.write_rollouts(rounds[0])
 
     def draw(self, temperature: float, clock: Clock) -> Drawn:
@@ -330,18 +332,15 @@ class Run:
 
     def diagnostics(self, minibatch: Minibatch) -> Metrics:
         """RL and KD gradients apart, if due: in the first iteration and then every so many steps."""
-        c, step = self.config, int(self.state.step)
+        c, s, step = self.config, self.state, int(self.state.step)
         every = c.train.diagnostics_every
         due = every and (step == 0 or _crossed(step - c.train.updates_per_iteration, step, every))
         if not due or (is_zero(c.rl.coef) and is_zero(c.kd.coef)):
             return {}
         self.reporter.stage("measuring gradients")
         with jax.set_mesh(self.setup.mesh):
-            return jax.device_get(
-                self.diagnose(
-                    self.state.step, self.state.params, self.setup.frozen, minibatch, self.scorer.heads
-                )
-            )
+            measured = self.diagnose(s.step, s.params, self.setup.frozen, minibatch, self.scorer.heads)
+            return jax.device_get(measured)
 
     def run_update(self, minibatch: Minibatch) -> Metrics:
         step = int(self.state.step)

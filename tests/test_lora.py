@@ -235,7 +235,7 @@ def test_an_update_trains_the_adapters_alone():
     before = jax.tree.map(np.array, PARAMS)
     frozen = jax.tree.map(jnp.copy, PARAMS)
     top = drawn(MODEL)
-    old, new, _ = updated(MODEL, frozen, top, c, make_optimizer(c.optimizer))
+    old, new, _ = updated(MODEL, frozen, top, c, make_optimizer(c.optimizer, adapters.split(MODEL.dims)[0]))
     assert all(x.is_deleted() for x in jax.tree.leaves(old.params))  # donated
     jax.tree.map(np.testing.assert_array_equal, frozen, before)  # and these are not
     assert jax.tree.structure(new.params) == jax.tree.structure(top)

@@ -18,6 +18,7 @@ def check_contradictions(c: "Config") -> None:
     _check_models(c)
     _check_teachers(c)
     _check_unread(c)
+    _check_optimizer(c)
     _check_terms(c)
     _check_source(c)
     _check_ranges(c)
@@ -113,6 +114,21 @@ def _check_unread(c: "Config") -> None:
     if any(s.teacher for s in c.data.eval):
         raise ValueError(
             "a source of data.eval names a teacher; teachers score completions of data.train only"
+        )
+
+
+def _check_optimizer(c: "Config") -> None:
+    o = c.optimizer
+    if o.kind == "adafactor":
+        for name in ("b1", "b2", "eps"):
+            if (value := getattr(o, name)) != type(o).model_fields[name].default:
+                raise ValueError(
+                    f"optimizer.{name}={value} is Adam's; optimizer.kind=adafactor reads none: remove it"
+                )
+    if o.kind == "muon" and c.student.lora is not None:
+        raise ValueError(
+            "optimizer.kind=muon is for the layers' matrices, but with student.lora only adapters are "
+            "trained; use adamw"
         )
 
 

@@ -64,12 +64,17 @@ class RewardConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw_bf16", "adafactor", "muon"] = "adamw"
+    """`adamw_bf16` holds AdamW's moments in bfloat16, rounded at random; `adafactor` (arXiv 1804.04235) holds
+    only means over rows and columns of the second moment, and no first; `muon` makes the updates of the
+    layers' matrices orthogonal, at AdamW's scale (arXiv 2502.16982), and trains all else by AdamW. The memory
+    of each is in docs/optimizers.md."""
     learning_rate: Schedule = constant(1e-6)
     b1: Fraction = 0.9
     b2: Fraction = 0.95
     eps: AboveZero = 1e-8
     weight_decay: NonNegative = 0.0
-    """AdamW's; applied to matrices, not to norms and biases."""
+    """Decoupled, as AdamW's; applied to matrices, not to norms and biases."""
     max_grad_norm: AboveZero | None = 1.0
 
 
@@ -102,6 +107,9 @@ class TrainConfig(Section):
     park_frozen: Literal["auto", "always", "never"] = "auto"
     """Whether teachers and reference wait in the hosts' memory while they do not score; `auto` parks them
     where there are several."""
+    park_optimizer: Flag = False
+    """Keep the optimizer's state in the hosts' memory while sampling, scoring and evaluating: it comes to the
+    devices once per iteration, for its updates. The numbers stay the same."""
     head_chunk: Positive = 320
     """Tokens per pass through the vocabulary head, on each device; changes memory and speed alone. The
     default takes at most 1.6 GiB with 151,936 tokens and models 3,584 wide (`benchmarks/head.py`); with

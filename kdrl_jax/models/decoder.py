@@ -26,7 +26,7 @@ from kdrl_jax.models.head import Head
 from kdrl_jax.models.layout import Layout, whole_rows
 from kdrl_jax.models.remat import Remat, rematerialised
 from kdrl_jax.models.rope import apply_rope, rope_tables
-from kdrl_jax.sharding import constrain
+from kdrl_jax.sharding import constrain, move
 from kdrl_jax.types import Params
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -298,7 +298,7 @@ class FrozenModel:
 
     def parked(self) -> "FrozenModel":
         """The same model with its parameters in the hosts' memory, each part beside its device."""
-        return dataclasses.replace(self, params=_move(self.params, "pinned_host"))
+        return dataclasses.replace(self, params=move(self.params, "pinned_host"))
 
     @property
     def is_parked(self) -> bool:
@@ -306,15 +306,9 @@ class FrozenModel:
 
     def on_device(self) -> Params:
         """The parameters where they can be computed with; keep them no longer than that."""
-        return _move(self.params, "device")
+        return move(self.params, "device")
 
     @property
     def head(self) -> Head:
         """The vocabulary head, on the devices."""
-        return _move(self.model.bind(self.params).output_head(), "device")
-
-
-def _move(tree: Any, memory: str) -> Any:
-    """Arrays in the memory of that kind; those there already are not copied."""
-    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
-    return jax.device_put(tree, places)
+        return move(self.model.bind(self.params).output_head(), "device")

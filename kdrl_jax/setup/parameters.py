@@ -75,6 +75,11 @@ def abstract_trainable(student: Model, mesh: Mesh) -> Params:
     return whole if student.holding.lora is None else adapters.split(whole)[0]
 
 
+def trainable_dims(student: Model) -> Params:
+    """The letters of the dimensions of what is trained, in a tree like it."""
+    return student.dims if student.holding.lora is None else adapters.split(student.dims)[0]
+
+
 def holding_of(model: ModelConfig) -> Holding:
     lora = None
     if model.lora is not None:

@@ -30,6 +30,7 @@ from kdrl_jax.setup.parameters import (
     dtype_of,
     holding_of,
     load_params,
+    trainable_dims,
 )
 from kdrl_jax.types import Params, TrainState
 
@@ -90,20 +91,32 @@ class Setup:
         return Engine(model, settings, self.mesh)
 
     def init_state(self) -> TrainState:
-        """Step 0: the student's first parameters and empty moments, each on its devices."""
+        """Step 0: the student's first parameters on the devices and empty moments, parked if they are."""
         params = self.init_trainable()
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
         zero = [jax.device_put(np.zeros((), np.int32), shardings.step) for _ in range(3)]
-        return TrainState(zero[0], params, opt_state, zero[1], zero[2])
+        return self.park(TrainState(zero[0], params, opt_state, zero[1], zero[2]))
+
+    def park(self, state: TrainState) -> TrainState:
+        """With train.park_optimizer, the optimizer's state in the hosts' memory, as it is between updates."""
+        return self._with_optimizer_in(state, "pinned_host")
+
+    def unpark(self, state: TrainState) -> TrainState:
+        """What can be updated: all of the state on the devices."""
+        return self._with_optimizer_in(state, "device")
+
+    def _with_optimizer_in(self, state: TrainState, memory: str) -> TrainState:
+        if not self.config.train.park_optimizer:
+            return state
+        return dataclasses.replace(state, opt_state=sharding.move(state.opt_state, memory))
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state; nothing is loaded."""
         params = abstract_trainable(self.student, self.mesh)
         everywhere = sharding.replicated(self.mesh)
-        shardings = opt_state_shardings(
-            self.optimizer, params, jax.tree.map(lambda x: x.sharding, params), everywhere
-        )
+        dims = trainable_dims(self.student)
+        shardings = opt_state_shardings(self.optimizer, params, dims, everywhere)
         opt_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(self.optimizer.init, params),
@@ -160,7 +173,7 @@ def make_setup(config: Config) -> Setup:
         student=student,
         teachers=teachers,
         reference=reference,
-        optimizer=make_optimizer(config.optimizer),
+        optimizer=make_optimizer(config.optimizer, trainable_dims(student)),
         frozen=frozen,
         init_trainable=init_trainable,
         num_tokens=pairing.num_tokens,
