@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import assert_same_run, metrics, run
 
-from kdrl_jax.rounds import plan_groups
+from kdrl_jax.rounds.choose import plan_groups
 
 
 def test_groups_without_signal_are_replaced_for_rl_and_still_distil():

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from kdrl_jax.config import Config
 from kdrl_jax.config.schedules import constant
 from kdrl_jax.data.prompts import PromptStream, encode_completion
 from kdrl_jax.data.tokenizer import Tokenizer
