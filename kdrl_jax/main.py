@@ -1,12 +1,13 @@
 """`python -m kdrl_jax.main [COMMAND] --config FILE_OR_RUN_DIR [option=value ...] [section.key=value ...]`.
 
-COMMAND is train (if none is given), eval, sample, export or report.
+COMMAND is train (if none is given), eval, sample, plan, export or report.
 
 The only reader of argv and the environment. What concerns one command is imported by it, so that a
 misspelt key is answered at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -194,6 +195,14 @@ def run_eval(config: Config, stop: StopRequest, is_run: bool) -> int:
     return 0 if evaluate(config, Console(), stop, is_run=is_run) else 128 + (stop.signal or 0)
 
 
+def run_plan(config: Config, stop: StopRequest, is_run: bool) -> int:
+    from rich.console import Console
+
+    from kdrl_jax.plan.command import plan
+
+    return 0 if plan(config, Console(), stop) else 1
+
+
 def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
@@ -239,9 +248,23 @@ def _take_cpu_apart(config: Config) -> None:
             ) from None
 
 
+def _compile_for_tpus() -> None:
+    """Before JAX starts: libtpu asks no metadata server, may be loaded beside another process's, and no
+    device of this host is taken."""
+    import jax
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    with contextlib.suppress(RuntimeError):  # started already, in a process that runs several commands
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _run(call: Invocation) -> int:
     config, is_run = load(call)
-    if call.command != "report":
+    if call.command == "plan":
+        _compile_for_tpus()
+    elif call.command != "report":
         _take_cpu_apart(config)
     if call.options is not None:
         end_on_signals()
@@ -253,6 +276,7 @@ def _run(call: Invocation) -> int:
     commands: dict[str, Callable[[Config, StopRequest, bool], int]] = {
         "train": run_train,
         "eval": run_eval,
+        "plan": run_plan,
         "report": run_report,
     }
     stop = StopRequest()

@@ -4,6 +4,7 @@ Tensors are described by the letters of the house (`"L D N H"`); one table maps 
 The mesh is Auto: the compiler propagates shardings between the constraints given here.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,10 +94,17 @@ def move(tree: Any, memory: str) -> Any:
     """Arrays in the memory of that kind, each part beside its device; those there already are not copied.
 
     Args:
+        tree: of arrays, or of abstract ones.
         memory: `device`, or `pinned_host`, the hosts' memory.
     """
-    places = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
-    return jax.device_put(tree, places)
+
+    def put(x: Any) -> Any:
+        place = x.sharding.with_memory_kind(memory)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        return jax.device_put(x, place)
+
+    return jax.tree.map(put, tree)
 
 
 def constrain(x: jax.Array, dims: str, rules: Rules = RULES) -> jax.Array:
@@ -105,3 +113,22 @@ def constrain(x: jax.Array, dims: str, rules: Rules = RULES) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(dims, x.shape, mesh, rules))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight: jax.Array, dims: str) -> jax.Array:
+    """A weight that lies by `RULES`, whole on each device of `fsdp`, for the products of its rows; and its
+    gradient summed over them and cut in one, each device left with its part. Asked neither, the compiler may
+    rather move activations."""
+    return constrain(weight, dims, DECODE_RULES)
+
+
+def _gathered_fwd(weight: jax.Array, dims: str) -> tuple[jax.Array, None]:
+    return gathered(weight, dims), None
+
+
+def _gathered_bwd(dims: str, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (constrain(cotangent, dims),)
+
+
+gathered.defvjp(_gathered_fwd, _gathered_bwd)

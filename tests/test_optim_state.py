@@ -18,7 +18,7 @@ from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import OptimizerConfig, load_run_config
 from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.optim import make_optimizer
-from kdrl_jax.train import _Run, train
+from kdrl_jax.train import Run, train
 from kdrl_jax.types import TrainState
 
 P = jax.sharding.PartitionSpec
@@ -137,16 +137,16 @@ def test_a_parked_and_interrupted_run_is_the_same_run(kind, tmp_path, monkeypatc
     seen = []
 
     def watched(stage):
-        method = getattr(_Run, stage)
+        method = getattr(Run, stage)
 
         def call(self, *args):
             kinds = {x.sharding.memory_kind for x in jax.tree.leaves(self.state.opt_state)}
             seen.append((stage, *kinds))
             return method(self, *args)
 
-        monkeypatch.setattr(_Run, stage, call)
+        monkeypatch.setattr(Run, stage, call)
 
-    for stage in ("rollouts", "accuracy", "batch", "run_update", "save"):
+    for stage in ("draw", "accuracy", "minibatches", "run_update", "save"):
         watched(stage)
     log = tmp_path / "parked" / "metrics.jsonl"
     parked = {**sections, "train": {**SECTIONS["train"], "park_optimizer": True}}
@@ -154,7 +154,7 @@ def test_a_parked_and_interrupted_run_is_the_same_run(kind, tmp_path, monkeypatc
     assert not done
     assert train(load_run_config(tmp_path / "parked"), Console(quiet=True), lambda: False, resume=True)
     assert_same_run(tmp_path / "plain", tmp_path / "parked")
-    assert {stage for stage, *_ in seen} == {"rollouts", "accuracy", "batch", "run_update", "save"}
+    assert {stage for stage, *_ in seen} == {"draw", "accuracy", "minibatches", "run_update", "save"}
     for stage, *where in seen:
         assert where == ["device" if stage == "run_update" else "pinned_host"], stage
     assert json.loads(log.read_text().splitlines()[-1])["time/compiles"] == 0  # moving it is no new program

@@ -161,10 +161,10 @@ def gradient(
 def plain_gradient(c, batch=None):
     """Of the textbook's loss, and its metrics."""
     batch = make_batch(c) if batch is None else batch
-    logp = teacher_logp(1, 0) if c.teacher_states else None
+    logp, tokens = teacher_logp(1, 0) if c.teacher_states else None, rollouts().tokens_BT
 
     def loss(params):
-        return plain_step.loss(c, STUDENT, params, batch, rollouts().tokens_BT, V, logp)
+        return plain_step.loss(c, STUDENT, params, batch, tokens, V, logp)
 
     (value, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS)
     return grads, finish(sums) | {"loss": value, "grad_norm": optax.global_norm(grads)}

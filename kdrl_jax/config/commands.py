@@ -63,6 +63,7 @@ COMMANDS: dict[str, type[Section] | None] = {
     "train": None,
     "eval": None,
     "sample": SampleOptions,
+    "plan": None,
     "export": ExportOptions,
     "report": None,
 }

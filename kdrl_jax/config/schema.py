@@ -176,6 +176,19 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
 
 
+class PlanConfig(Section):
+    """What the `plan` command compiles for; no other reads it."""
+
+    topology: str | tuple[str, ...] = "v5e:4x4"
+    """TPU slices, `KIND:SHAPE`, of v4, v5e, v5p, v6e and v7x; several are compared: [v5e:4x4, v5p:2x2x1]."""
+    prompt_tokens: Positive | None = None
+    """Mean length of prompts, for times alone; null is half of data.max_prompt_tokens."""
+    completion_tokens: Positive | None = None
+    """Mean length of completions, for times alone; null is half of rollout.max_new_tokens."""
+    search: Flag = True
+    """Where a slice has no room, try which settings would make some."""
+
+
 class LogConfig(Section):
     dir: str | None = None
     """The run directory; `runs/<name>` by default."""
@@ -214,6 +227,9 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    plan: PlanConfig = PlanConfig()
+    cache_dir: str | None = "~/.cache/kdrl_jax"
+    """Where compiled programs wait for the next run of the same ones, and tables of `plan`; null: nowhere."""
 
     @property
     def run_dir(self) -> str:

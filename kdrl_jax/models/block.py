@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kdrl_jax.models.decoder_config import DecoderConfig
+from kdrl_jax.models.product import product
 
 READS_AND_WRITES: dict[str, tuple[str, str]] = {
     "q": ("D", "N H"),
@@ -128,7 +129,7 @@ class Block(nnx.Module):
         def held(suffix: str) -> jax.Array:
             return self.read(name + suffix).astype(x.dtype)
 
-        y = jnp.einsum(f"...{reads},{reads}{writes}->...{writes}", x, held(""))
+        y = product(x, held(""), reads, writes)
         if self.holding.int8:
             # A scale per output leaves the sum, so that the product itself reads 8-bit weights. In
             # float32: bfloat16 would round it for every input alike.

@@ -26,7 +26,7 @@ from kdrl_jax.models.head import Head
 from kdrl_jax.models.layout import Layout, whole_rows
 from kdrl_jax.models.remat import Remat, rematerialised
 from kdrl_jax.models.rope import apply_rope, rope_tables
-from kdrl_jax.sharding import constrain, move
+from kdrl_jax.sharding import constrain, gathered, move
 from kdrl_jax.types import Params
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -183,6 +183,9 @@ class Decoder(Block):
             x = constrain(self._embed(tokens_BT), "B T E")
         slides_L, of_layer = self._differences(layout.positions_BT)
         layer_def, layer_params = nnx.split(self.layers)
+        structure = jax.tree.structure(layer_params)
+        # Of one layer: without the L that comes first.
+        dims = [v.get_metadata()["dims"].removeprefix("L ") for _, v in nnx.to_flat_state(layer_params)]
 
         def body(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
             params, slides = inputs
@@ -191,6 +194,9 @@ class Decoder(Block):
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 return self.attention(q, k, v, self._rules(window), layout)
 
+            params = jax.tree.unflatten(
+                structure, [gathered(w, d) for w, d in zip(jax.tree.leaves(params), dims, strict=True)]
+            )
             x = nnx.merge(layer_def, params).layer(x, attend, cos, sin)
             return constrain(x, "B T E"), None
 

@@ -52,7 +52,8 @@ def decode_steps(
     def step(carry: Carry) -> Carry:
         return _step(decoder, settings, call, _refill(settings, carry), make_attend)
 
-    return jax.lax.while_loop(goes_on, step, carry)
+    with jax.named_scope("decode_steps"):
+        return jax.lax.while_loop(goes_on, step, carry)
 
 
 def _refill(settings: EngineSettings, carry: Carry) -> Carry:
@@ -65,7 +66,8 @@ def _refill(settings: EngineSettings, carry: Carry) -> Carry:
         return cache.copy_row(slots[i], carry.prefixes, row_of_slot[slots[i]] // settings.group_size)
 
     # A loop of as many turns as slots were refilled, mostly none: neither a copy nor a read of the cache.
-    cache = jax.lax.fori_loop(0, jnp.sum(taken), copy, carry.cache)
+    with jax.named_scope("refill"):
+        cache = jax.lax.fori_loop(0, jnp.sum(taken), copy, carry.cache)
     return dataclasses.replace(carry, cache=cache, row_of_slot=row_of_slot, next_row=next_row[None])
 
 

@@ -69,7 +69,8 @@ def prefill(
                 tokens, positions, prefixes, functools.partial(attend, (row, j, positions))
             )[1]
 
-        return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, of_chunk, prefixes)
+        with jax.named_scope("prefill_chunks"):
+            return jax.lax.fori_loop(0, (longest + chunk - 1) // chunk, of_chunk, prefixes)
 
     return jax.lax.fori_loop(0, -(-num_prompts // rows), of_rows, prefixes)
 

@@ -1,13 +1,14 @@
 """A config to the things it names: mesh, tokenizer, models, optimizer. Shared by all commands."""
 
 from kdrl_jax.setup.parameters import abstract_params, record_base
-from kdrl_jax.setup.run import Setup, check_mesh, make_setup
+from kdrl_jax.setup.run import Setup, abstract_setup, check_mesh, make_setup
 from kdrl_jax.setup.single import SingleModel, make_single
 
 __all__ = [
     "Setup",
     "SingleModel",
     "abstract_params",
+    "abstract_setup",
     "check_mesh",
     "make_setup",
     "make_single",

@@ -1,7 +1,8 @@
 """A config to all that a run works with: mesh, tokenizer, models, optimizer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,17 @@ from kdrl_jax.models import adapters
 from kdrl_jax.models.attend import row_attention
 from kdrl_jax.models.block import Holding
 from kdrl_jax.models.decoder import FrozenModel, Model, make_model
+from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
 from kdrl_jax.pairing import Side, compare
 from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.rollout.settings import EngineSettings, cache_type
-from kdrl_jax.runs import model_of, roles
+from kdrl_jax.runs import Role, model_of, roles
 from kdrl_jax.scoring import HeadSettings
 from kdrl_jax.setup.finder import Finder, Found, choose_tokenizer
 from kdrl_jax.setup.parameters import (
+    abstract_params,
     abstract_trainable,
     check_base,
     dtype_of,
@@ -54,6 +57,8 @@ class Setup:
     """What of the student is trained, as the config starts it (float32 master weights)."""
     num_tokens: int
     """Ids that are sampled and scored; see `pairing.Pairing`."""
+    parks_frozen: bool
+    """Whether teachers and reference wait in host memory while they do not score."""
     notes: tuple[str, ...]
     """What the comparison of the models found worth knowing, a line each."""
 
@@ -73,8 +78,13 @@ class Setup:
 
     def engine(self, model: Model, num_prompts: int, group_size: int, sampler: SamplerSettings) -> Engine:
         """A sampling engine with this run's lengths and tokenizer."""
+        return Engine(model, self.engine_settings(model, num_prompts, group_size, sampler), self.mesh)
+
+    def engine_settings(
+        self, model: Model, num_prompts: int, group_size: int, sampler: SamplerSettings
+    ) -> EngineSettings:
         c, t = self.config, self.tokenizer
-        settings = EngineSettings(
+        return EngineSettings(
             num_prompts=num_prompts,
             group_size=group_size,
             max_prompt_tokens=c.data.max_prompt_tokens,
@@ -88,7 +98,6 @@ class Setup:
             cache_dtype=cache_type(c.rollout.cache_dtype, model.compute_dtype, self.mesh),
             attention=c.rollout.attention,
         )
-        return Engine(model, settings, self.mesh)
 
     def init_state(self) -> TrainState:
         """Step 0: the student's first parameters on the devices and empty moments, parked if they are."""
@@ -146,52 +155,114 @@ def make_setup(config: Config) -> Setup:
         chat=config.tokenizer.chat_template,
     ).require()
     # Nothing of any model is read, or on a device, before here.
-    attention = row_attention(config.train.attention, mesh)
-    student = make_model(
-        found["student"].config, dtype_of(config.student), holding_of(config.student), attention
-    )
+
+    def load(role: Role, model: Model) -> Params:
+        return load_params(found[role], model, mesh, dtype_of(model_of(config, role)), config.seed)
+
+    student = _student(config, found["student"].config, mesh)
     frozen, init_trainable = _prepare_student(config, found["student"], student, mesh)
+    shapes = {role: source.config for role, source in found.items()}
+    return _assemble(
+        config,
+        mesh,
+        tokenizer,
+        student,
+        frozen,
+        init_trainable,
+        lambda role: _frozen_model(config, shapes[role], role, mesh, load),
+        (pairing.num_tokens, pairing.notes),
+    )
+
+
+def abstract_setup(config: Config, mesh: Mesh, shapes: Mapping[Role, DecoderConfig], ids: Any) -> Setup:
+    """The setup of a run of which nothing is there: parameters are shapes, types and places on a mesh, which
+    may be one of devices that are not there either. It can lower programs, and start nothing.
+
+    Args:
+        ids: in place of a tokenizer: `num_tokens`, `end_ids` and `pad_id`.
+    """
+
+    def load(role: Role, model: Model) -> Params:
+        return abstract_params(model, mesh, dtype_of(model_of(config, role)))
+
+    def nothing() -> Params:
+        raise ValueError("an abstract setup has no weights to start from")
+
+    student = _student(config, shapes["student"], mesh)
+    frozen: Params = {}
+    if student.holding.lora is not None:
+        frozen = load("student", make_model(student.config))
+    return _assemble(
+        config,
+        mesh,
+        ids,
+        student,
+        frozen,
+        nothing,
+        lambda role: _frozen_model(config, shapes[role], role, mesh, load),
+        (ids.num_tokens, ()),
+    )
+
+
+def _assemble(
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    student: Model,
+    frozen: Params,
+    init_trainable: Callable[[], Params],
+    frozen_model: Callable[[Role], FrozenModel],
+    paired: tuple[int, tuple[str, ...]],
+) -> Setup:
     # With several frozen models, only the one at work is on the devices.
     extra = config.reference is not None or (config.uses_reference and not frozen)
     several = len(config.all_teachers) + extra > 1
     park = several if config.train.park_frozen == "auto" else config.train.park_frozen == "always"
-    teachers = {role: _load_frozen(config, found[role], role, mesh, park) for role in config.all_teachers}
+
+    def waiting(role: Role) -> FrozenModel:
+        model = frozen_model(role)
+        return model.parked() if park else model
+
     reference = None
     if config.reference is not None:
-        reference = _load_frozen(config, found["reference"], "reference", mesh, park)
+        reference = waiting("reference")
     elif config.uses_reference and frozen:
         # Without its adapters, the student is what it was.
-        reference = FrozenModel(
-            make_model(student.config, dtype_of(config.student), attention=attention), frozen
-        )
+        plain = make_model(student.config, dtype_of(config.student), attention=student.attention)
+        reference = FrozenModel(plain, frozen)
     elif config.uses_reference:
-        reference = _load_frozen(config, found["student"], "student", mesh, park)
+        reference = waiting("student")
+    num_tokens, notes = paired
     return Setup(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
         student=student,
-        teachers=teachers,
+        teachers={role: waiting(role) for role in config.all_teachers},
         reference=reference,
         optimizer=make_optimizer(config.optimizer, trainable_dims(student)),
         frozen=frozen,
         init_trainable=init_trainable,
-        num_tokens=pairing.num_tokens,
-        notes=pairing.notes,
+        num_tokens=num_tokens,
+        parks_frozen=park,
+        notes=notes,
     )
 
 
-def _load_frozen(config: Config, found: Found, role: str, mesh: Mesh, park: bool) -> FrozenModel:
+def _student(config: Config, shape: DecoderConfig, mesh: Mesh) -> Model:
+    attention = row_attention(config.train.attention, mesh)
+    return make_model(shape, dtype_of(config.student), holding_of(config.student), attention)
+
+
+def _frozen_model(
+    config: Config, shape: DecoderConfig, role: Role, mesh: Mesh, load: Callable[[Role, Model], Params]
+) -> FrozenModel:
     """A model that is never trained, in its compute type."""
     described = model_of(config, role)
-    model = make_model(
-        found.config,
-        dtype_of(described),
-        Holding(int8=described.weights == "int8"),
-        row_attention(config.train.attention, mesh),
-    )
-    loaded = FrozenModel(model, load_params(found, model, mesh, dtype_of(described), config.seed))
-    return loaded.parked() if park else loaded
+    holding = Holding(int8=described.weights == "int8")
+    attention = row_attention(config.train.attention, mesh)
+    model = make_model(shape, dtype_of(described), holding, attention)
+    return FrozenModel(model, load(role, model))
 
 
 def _prepare_student(
@@ -211,13 +282,16 @@ def _prepare_student(
     return frozen, lambda: jax.jit(init, out_shardings=shardings)(seed_key(config.seed))
 
 
-def check_mesh(config: Config) -> Mesh:
+def check_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh, if the config's row counts divide over it.
+
+    Args:
+        devices: None is those that are there.
 
     Raises:
         ValueError: naming the count that does not.
     """
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     shards = sharding.batch_shards(mesh)
     counts = {
         "train.prompts_per_iteration": config.train.prompts_per_iteration,

@@ -33,8 +33,13 @@ def make_diagnostics(
                 return [sums[t] for t in names]
 
             _, pull = jax.vjp(values, trainable)
-            one_hot = [[jnp.asarray(float(i == j)) for j in range(len(names))] for i in range(len(names))]
-            return [pull(seed)[0] for seed in one_hot]
+            grads: list[Params] = []
+            for i in range(len(names)):
+                seed = [jnp.asarray(float(i == j)) for j in range(len(names))]
+                # One after the other: side by side, they would need the memory of both.
+                seed, grads = jax.lax.optimization_barrier((seed, grads))
+                grads.append(pull(seed)[0])
+            return grads
 
         grads = objective.accumulate(gradients, minibatch)
         norms = {t: optax.global_norm(g) for t, g in zip(names, grads, strict=True)}
