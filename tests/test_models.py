@@ -348,3 +348,25 @@ def test_architecture_gives_a_config_and_no_weights() -> None:
     assert source.config == DecoderConfig(50, 24, 40, 2, 4, 2, 6, Rope(5000.0), 1e-6, True, True)
     assert not source.has_weights
     assert source.tokenizer_path is None
+
+
+@pytest.mark.parametrize("remat", ["none", "elementwise"])
+def test_joined_weights_give_what_they_give_apart(remat: Remat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two products of many tokens as one: values and gradients."""
+    model = make_model(DecoderConfig(32, 16, 24, 2, 2, 1, 8))
+    params = model.init(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (4, 9), 0, 32)
+
+    def of(params: Params) -> Any:
+        return jnp.sum(jnp.sin(model.bind(params).hidden(tokens, remat=remat)))
+
+    texts, results = [], []
+    for least in (10**9, 1):
+        monkeypatch.setattr("kdrl_jax.models.block.JOINED_FROM", least)
+        jax.clear_caches()
+        results.append(jax.jit(jax.value_and_grad(of))(params))
+        texts.append(str(jax.make_jaxpr(lambda params: of(params))(params)))
+    assert "4,9,2,24" not in texts[0]
+    assert "4,9,2,24" in texts[1]  # they were joined
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))

@@ -150,7 +150,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     file.write_text(yaml.safe_dump(tree()))
     for word, message in (
         ("plan.topology=v9:4x4", "unknown kind 'v9'; one of v4"),
-        ("plan.topolgy=v5e:4x4", "did you mean topology"),
+        ("plan.topolgy=v5e:4x4", "did you mean plan.topology"),
     ):
         assert main(["plan", "--config", str(file), word, f"log.dir={tmp_path}/run"]) == 2
         error = capsys.readouterr().err

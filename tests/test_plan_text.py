@@ -75,6 +75,15 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     )
 
 
+def test_what_runs_on_a_sparse_core_ends_like_the_rest():
+    text = (
+        "%sorted (p: f32[8]) -> f32[8] {\n  ROOT %n = f32[8]{0} negate(%p)\n"
+        '}, execution_thread="sparsecore"\n\n'
+        "ENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} add(%p, %p)\n}\n"
+    )
+    assert set(hlo.parse(text).computations) == {"sorted", "main"}
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry computation"):
         analyse("nothing", CHIP)

@@ -33,6 +33,10 @@ READS_AND_WRITES: dict[str, tuple[str, str]] = {
 """Every weight that the layers multiply by."""
 
 
+JOINED_FROM = 1024
+"""Tokens from which on two weights that read the same are joined; see `Block.times_both`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """Low-rank adapters (arXiv 2106.09685): x W + alpha / rank * (x A) B, with A and B trained alone."""
@@ -120,6 +124,19 @@ class Block(nnx.Module):
             self._hold(f"{name}_lora_a", a, jax.random.normal(rngs.lora(), self._shape(a)) * deviation)
             # Zero, so that an adapter begins as no change.
             self._hold(f"{name}_lora_b", b, jnp.zeros(self._shape(b)))
+
+    def times_both(self, first: str, second: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`times` of two weights of one shape that read the same. Of many tokens, as one product, which reads
+        x once and writes its gradient once; of few, joining the weights would cost more than that saves."""
+        lora = self.holding.lora
+        apart = self.holding.int8 or (lora is not None and {first, second} & set(lora.targets))
+        if apart or math.prod(x.shape[:-1]) < JOINED_FROM:
+            return self.times(first, x), self.times(second, x)
+        reads, writes = (dims.lower().replace(" ", "") for dims in READS_AND_WRITES[first])
+        joined = jnp.stack([self.read(name).astype(x.dtype) for name in (first, second)], axis=len(reads))
+        both = checkpoint_name(product(x, joined, reads, f"z{writes}"), first)
+        axis = x.ndim - len(reads)
+        return jax.lax.index_in_dim(both, 0, axis, False), jax.lax.index_in_dim(both, 1, axis, False)
 
     def times(self, name: str, x: jax.Array) -> jax.Array:
         """x [..., what the weight reads] times the weight of one layer: [..., what it writes]. For

@@ -108,6 +108,8 @@ def candidates(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
     over = {m.phase for m in plan.programs if m.peak > ENOUGH * plan.chip.memory}
     if plan.problem is not None:
         yield {"rollout.cache_dtype": "int8"}
+    if {m.name for m in plan.programs if m.peak > ENOUGH * plan.chip.memory} == {"diagnostics"}:
+        yield {"train.diagnostics_every": 0}
     if UPDATE in over:
         for rung in LADDER[LADDER.index(config.train.remat) + 1 :]:
             yield {"train.remat": rung}

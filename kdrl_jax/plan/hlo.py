@@ -16,6 +16,8 @@ from typing import Any
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# What runs on a sparse core says so behind its end.
+_END = re.compile(r'^\}(?:, execution_thread="\w+")?$')
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _LEAF = re.compile(r"\b([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 
@@ -206,7 +208,7 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 name, lines = header.group(2), []
                 entry = name if header.group(1) else entry
-        elif line == "}":
+        elif _END.match(line):
             computations[name] = _computation(name, lines)
             name = ""
         elif _INSTRUCTION.match(line):

@@ -169,8 +169,13 @@ class RunPrograms:
     @property
     def passes(self) -> float:
         """Passes of a minibatch of mean lengths."""
-        room = self.shape.rows_per_pass * self.shape.length
-        return max(1.0, math.ceil(self.tokens_of_minibatch / room / FILLED))
+        c, shape = self.setup.config, self.shape
+        longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
+        if self.lengths.prompt + self.lengths.completion == longest:  # all are alike: nothing to combine
+            rows = self.rows / c.train.num_minibatches / (shape.length // longest)
+        else:
+            rows = self.tokens_of_minibatch / shape.length / FILLED
+        return max(1.0, math.ceil(rows / shape.rows_per_pass))
 
     @property
     def seen(self) -> KeysSeen:
