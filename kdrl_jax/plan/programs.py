@@ -116,7 +116,7 @@ class RunPrograms:
     def sampled_params(self) -> Params:
         if self.setup.config.rollout.source == "teacher":
             assert self.setup.teacher is not None
-            return self.setup.teacher.params
+            return self.setup.teacher.on_device()
         return self.student_params
 
     def resident(self, *, optimizer: bool = False, without: FrozenModel | None = None) -> float:
@@ -291,7 +291,7 @@ class RunPrograms:
         bound = abstract_array((), jnp.int32, everywhere)
         rows = self.minibatch.packs.rows
         lowered = scorer.lower(
-            frozen.params, rows, abstract_array((), jnp.float32, everywhere), (bound, bound)
+            frozen.on_device(), rows, abstract_array((), jnp.float32, everywhere), (bound, bound)
         )
         # Each of several teachers by source has its share of the rows.
         share = 1 / c.num_kinds if keeps else 1.0
