@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import os
 import signal
 import sys
@@ -248,6 +249,22 @@ def _take_cpu_apart(config: Config) -> None:
             ) from None
 
 
+def _keep_programs(config: Config) -> None:
+    """Compiled programs are kept in `cache_dir`, unless JAX was told where to; apart by what the CPU
+    can do, since those of a CPU run on no other."""
+    import jax
+
+    if config.cache_dir is None or getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    folder = Path(config.cache_dir).expanduser() / "xla"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        flags = next((x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))), "")
+        folder = folder / hashlib.sha256(flags.encode()).hexdigest()[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def _compile_for_tpus() -> None:
     """Before JAX starts: libtpu asks no metadata server, may be loaded beside another process's, and no
     device of this host is taken."""
@@ -266,6 +283,7 @@ def _run(call: Invocation) -> int:
         _compile_for_tpus()
     elif call.command != "report":
         _take_cpu_apart(config)
+        _keep_programs(config)
     if call.options is not None:
         end_on_signals()
         if isinstance(call.options, SampleOptions):

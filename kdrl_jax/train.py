@@ -26,6 +26,7 @@ from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
 from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
 from kdrl_jax.optim import make_schedule
+from kdrl_jax.profiling import Profiler
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool
 from kdrl_jax.rollout.engine import Engine, Stopped
@@ -132,6 +133,7 @@ class Run:
         self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
         self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
         self.compiles = Compiles()
+        self.profiler = Profiler(run_dir / "profile", c.log.profile_steps)
 
     def _open_data(self) -> PromptStream:
         c = self.config
@@ -187,6 +189,7 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         self.reporter.__exit__(*error)
+        self.profiler.close()
         self.compiles.close()
         self.writer.close()
         self.pool.close()
@@ -214,6 +217,7 @@ class Run:
                 self.evaluate_if_due(step)
                 if self.should_stop():
                     raise Stopped
+                self.profiler.at(step)
                 self.iteration()
                 position = self.data.get_state()
                 if self.should_stop():

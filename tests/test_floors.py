@@ -25,6 +25,7 @@ FLOORS = {
     "metrics": 2,
     "models": 2,
     "optim": 2,
+    "profiling": 2,
     "progress": 2,
     "rewards": 2,
     "checkpoint": 3,

@@ -454,3 +454,13 @@ print(status, jax.device_count())
     assert out.stdout.splitlines()[-1] == "0 2"
     assert main(["--config", str(path), f"log.dir={tmp_path / 'other'}"]) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_steps_are_traced(tmp_path):
+    """One trace of whole iterations, with the scopes of the model's blocks in it."""
+    _, done = run(tmp_path, "run", log={"profile_steps": [1, 2]}, eval={"every": 0, "agreement": False})
+    assert done
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    held = trace.read_bytes()
+    for scope in (b"attention", b"mlp", b"head", b"optimizer", b"microbatches"):
+        assert scope in held, scope

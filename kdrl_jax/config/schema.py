@@ -196,6 +196,9 @@ class LogConfig(Section):
     """Steps between rollouts written to `rollouts/` (0: never). The last step is always written."""
     rollouts_rows: Positive = 16
     """Rows written each time."""
+    profile_steps: tuple[Count, Count] | None = None
+    """Steps [first, last) that are traced for xprof, in whole iterations, to `profile/`: of [2, 4] none
+    compiles any more."""
 
 
 class Config(Section):

@@ -1,0 +1,31 @@
+"""Traces of some steps, for xprof."""
+
+from pathlib import Path
+
+import jax
+
+
+class Profiler:
+    """Writes one trace of the iterations that hold steps [first, last) to a folder, which
+    `xprof --logdir FOLDER` or TensorBoard opens."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None):
+        self._folder, self._steps = folder, steps
+        self._running = False
+
+    def at(self, step: int) -> None:
+        """Begins or ends the trace, between two iterations of which the next begins with this step."""
+        if self._steps is None:
+            return
+        first, last = self._steps
+        if not self._running and first <= step < last:
+            self._running = True
+            jax.profiler.start_trace(self._folder)
+        elif self._running and step >= last:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is of the trace."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
