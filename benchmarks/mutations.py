@@ -122,7 +122,7 @@ FAULTS = (
         "trained ids are not the sampled ones",
         "scoring/packer.py",
         "                rollouts.tokens_BT,\n",
-        "                rollouts.tokens_BT.at[:, -1].add(1),\n",
+        "                rollouts.tokens_BT + 1,\n",
         f"{TRAIN} -k trained_ids",
     ),
     Fault(
@@ -396,8 +396,8 @@ FAULTS = (
     Fault(
         "the fused head forgets a chunk",
         "scoring/passes.py",
-        "slices: jax.Array | int = n // size",
-        "slices: jax.Array | int = n // size - 1",
+        "(jnp.max(operands.counts_B) + size - 1) // size",
+        "jnp.max(operands.counts_B) // size",
         f"{STEP} -k chunks",
     ),
     *(Fault(*row) for row in OPTIMIZER_FAULTS),
