@@ -16,23 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kdrl_jax.config import Config, MeshConfig
-from kdrl_jax.models.decoder import Model, make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.rope import Rope
-from kdrl_jax.optim import make_optimizer
-from kdrl_jax.rollout.decode import Call
-from kdrl_jax.rollout.engine import Programs
-from kdrl_jax.rollout.sampling import SamplerSettings
-from kdrl_jax.rollout.settings import EngineSettings
-from kdrl_jax.scoring import HeadSettings
-from kdrl_jax.setup import abstract_params
+from kdrl_jax.plan.fit import mean_lengths
+from kdrl_jax.plan.programs import ROLLOUT, UPDATE, RunPrograms
+from kdrl_jax.plan.shapes import Ids
+from kdrl_jax.setup import abstract_setup
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.step import Objective, make_update
-from kdrl_jax.types import FrozenScores, TrainBatch, TrainState
 
 DEPTHS, ROUNDS = (4, 28), 3
 ROWS, LENGTH, NEW = 8, 512, 256
@@ -59,72 +52,32 @@ def decoder_config(family: str, num_layers: int) -> DecoderConfig:
     return DecoderConfig(**(fields | {"num_layers": num_layers} | features))
 
 
-def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def lower_update(model: Model, mesh: Mesh) -> Any:
-    """The update of training, as `train` compiles it."""
+def planned(shape: DecoderConfig, mesh: Mesh) -> RunPrograms:
+    """The programs of a run, as `train` compiles them."""
     config = Config.model_validate(
         {
             "name": "compile_time",
             "student": {"path": "none"},
             "teacher": {"path": "none"},
-            "data": {"train": [{"kind": "task", "task": "chain_sum"}]},
-            "rollout": {"group_size": ROWS, "max_new_tokens": NEW},
+            "data": {"train": [{"kind": "task", "task": "chain_sum"}], "max_prompt_tokens": LENGTH - NEW},
+            "rollout": {"group_size": ROWS // 2, "max_new_tokens": NEW, "slots_per_device": ROWS},
             "optimizer": {"learning_rate": 1e-5},
             "kd": {"coef": 0.01},
-            "train": {"num_steps": 1, "prompts_per_iteration": 1, "remat": True},
+            "train": {"num_steps": 1, "prompts_per_iteration": 2, "remat": "full", "diagnostics_every": 0},
         }
     )
-    head = HeadSettings(num_tokens=model.config.vocab_size, chunk=1024, max_new_tokens=NEW)
-    optimizer = make_optimizer(config.optimizer, model.dims)
-    params = abstract_params(model, mesh, jnp.float32)
-    count = array(dtype=jnp.int32)
-    state = TrainState(count, params, jax.eval_shape(optimizer.init, params), count, count)
-    tokens, mask = array(ROWS, LENGTH, dtype=jnp.int32), array(ROWS, LENGTH, dtype=bool)
-    floats, row_ints = array(ROWS, LENGTH), array(ROWS, dtype=jnp.int32)
-    batch = TrainBatch(
-        tokens_BT=tokens,
-        starts_B=row_ints,
-        segment_ids_BT=None,
-        temperature_B=array(ROWS),
-        completion_mask_BT=mask,
-        rl_rows_B=array(ROWS, dtype=bool),
-        rl_mask_BT=mask,
-        kd_mask_BT=mask,
-        kd_scale_BT=None,
-        advantages_B=array(ROWS),
-        correct_B=array(ROWS, dtype=bool),
-        sampler_logprobs_BT=floats,
-        old_logprobs_BT=None,
-        frozen=FrozenScores(teacher_logprobs_BT=floats),
-    )
-    update = jax.jit(make_update(Objective(config, model, head), optimizer), donate_argnums=0)
-    with jax.set_mesh(mesh):
-        return update.lower(state, {}, batch, ())
+    setup = abstract_setup(config, mesh, {"student": shape, "teacher": shape}, Ids(shape.vocab_size))
+    return RunPrograms(setup, 2.0**40, mean_lengths(config))
 
 
-def lower_decode(model: Model, mesh: Mesh) -> Any:
+def lower_update(shape: DecoderConfig, mesh: Mesh) -> Any:
+    """The update of training."""
+    return next(planned(shape, mesh).lower([UPDATE])).lowered
+
+
+def lower_decode(shape: DecoderConfig, mesh: Mesh) -> Any:
     """The sampling engine's decode chunk."""
-    settings = EngineSettings(
-        num_prompts=2,
-        group_size=ROWS // 2,
-        max_prompt_tokens=LENGTH - NEW,
-        max_new_tokens=NEW,
-        num_tokens=model.config.vocab_size,
-        end_ids=(0,),
-        pad_id=0,
-        decode_chunk=64,
-        sampler=SamplerSettings(),
-    )
-    programs = Programs(model, settings, mesh, ROWS)
-    params = abstract_params(model, mesh, jnp.float32)
-    prompts = array(2, LENGTH - NEW, dtype=jnp.int32), array(2, dtype=jnp.int32), array(2, dtype=jnp.int32)
-    call = Call(jax.random.key(0), array(), array(dtype=jnp.int32))
-    with jax.set_mesh(mesh):
-        carry = jax.eval_shape(programs.start, params, *prompts)
-        return programs.chunk.lower(params, carry, call)
+    return next(p for p in planned(shape, mesh).lower([ROLLOUT]) if p.name == "decode").lowered
 
 
 def cpu_seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
@@ -150,8 +103,8 @@ def main() -> None:
             for turn in range(ROUNDS):
                 for depth in DEPTHS if turn % 2 == 0 else reversed(DEPTHS):
                     jax.clear_caches()
-                    model = make_model(decoder_config(family, depth))
-                    lowering, lowered = cpu_seconds(functools.partial(lower, model, mesh))
+                    shape = decoder_config(family, depth)
+                    lowering, lowered = cpu_seconds(functools.partial(lower, shape, mesh))
                     times[depth].append((lowering, cpu_seconds(lowered.compile)[0]))
             medians = {n: [statistics.median(x) for x in zip(*t, strict=True)] for n, t in times.items()}
             ratio = sum(medians[DEPTHS[1]]) / sum(medians[DEPTHS[0]])
