@@ -12,17 +12,17 @@ from kdrl_jax.plan.walk import KERNEL_SHARE
 GIB = 2.0**30
 COLUMNS = (
     "program",
-    "arguments, GiB",
-    "temporaries",
-    "lives besides",
+    "GiB: arguments",
+    "temporary",
+    "besides",
     "peak",
-    "of the chip",
+    "of chip",
     "TFLOP",
-    "GB moved",
-    "sent between chips, GB",
+    "GB",
+    "GB sent",
     "seconds",
-    "times an iteration",
-    "utilisation",
+    "runs",
+    "MFU",
 )
 
 
@@ -137,8 +137,9 @@ COMPARISON = (
 
 def footnotes() -> list[str]:
     return [
-        "All of it is compiled, nothing was run: sizes are the compiler's, times are estimates.",
-        "Utilisation: model FLOPs (2 for each parameter a token meets and 4 N H for each key it sees, three "
+        "All of it is compiled, nothing was run: sizes are the compiler's, times are estimates. Besides: what "
+        "lives there and is no argument. GB: from and to the main memory. Runs: in an iteration.",
+        "Utilisation (MFU): model FLOPs (2 for each parameter a token meets and 4 N H for each key it sees, three "
         "times that with gradients; nothing computed again; PaLM, arXiv 2204.02311, appendix B, with causal "
         "attention counted as it is) over the chip's peak in bfloat16 and the estimated seconds.",
         f"Pallas kernels are taken to reach {KERNEL_SHARE:.0%} of the peak where operations bound them; "
