@@ -12,8 +12,8 @@ from kdrl_jax.plan.walk import KERNEL_SHARE
 GIB = 2.0**30
 COLUMNS = (
     "program",
-    "GiB: arguments",
-    "temporary",
+    "GiB: given",
+    "temp",
     "besides",
     "peak",
     "of chip",
@@ -137,11 +137,11 @@ COMPARISON = (
 
 def footnotes() -> list[str]:
     return [
-        "All of it is compiled, nothing was run: sizes are the compiler's, times are estimates. Besides: what "
-        "lives there and is no argument. GB: from and to the main memory. Runs: in an iteration.",
-        "Utilisation (MFU): model FLOPs (2 for each parameter a token meets and 4 N H for each key it sees, three "
-        "times that with gradients; nothing computed again; PaLM, arXiv 2204.02311, appendix B, with causal "
-        "attention counted as it is) over the chip's peak in bfloat16 and the estimated seconds.",
+        "All of it is compiled, nothing was run: sizes are the compiler's, times are estimates. Given: "
+        "arguments. Besides: what else lives there. GB: from and to the main memory. Runs: in an iteration.",
+        "Utilisation (MFU): model FLOPs (2 for each parameter a token meets and 4 N H for each key it sees, "
+        "three times that with gradients; nothing computed again; PaLM, arXiv 2204.02311, appendix B, with "
+        "causal attention counted as it is) over the chip's peak in bfloat16 and the estimated seconds.",
         f"Pallas kernels are taken to reach {KERNEL_SHARE:.0%} of the peak where operations bound them; "
         "attention's are taken to do all blocks up to the diagonal.",
         f"Left out: {'; '.join(LEFT_OUT)}.",
