@@ -1,5 +1,7 @@
 """Packed rows: that every token is where it should be, and how little is padding."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -135,3 +137,34 @@ def test_packed_rows_follow_the_config():
 def test_minibatches_have_whole_groups_where_they_divide():
     assert [list(rows) for rows in minibatch_rows(8, 2, 2)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert [list(rows) for rows in minibatch_rows(6, 2, 2)] == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_teachers_with_rows_of_their_own_have_room():
+    """Each may leave a row and a pass unfilled."""
+    tree = {
+        "name": "t",
+        "student": {"path": "x"},
+        "teachers": {"a": {"path": "y"}, "b": {"path": "z"}},
+        "data": {"train": [{"kind": "task", "task": "chain_sum", "teacher": "a"}], "max_prompt_tokens": 4},
+        "rollout": {"group_size": 2, "max_new_tokens": 8},
+        "kd": {"coef": 1.0},
+        "train": {"num_steps": 1, "prompts_per_iteration": 4, "microbatch_rows": 8},
+    }
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    shape = config_pack_shape(Config.model_validate(tree), mesh)
+    longest, kinds = np.full(8, 8), np.arange(8) % 2
+    assert place(np.full(8, 4), longest, np.arange(8), shape, kinds, 2).bounds.tolist() == [0, 1, 2]
+
+
+def test_prompts_are_not_shared_where_attention_cannot():
+    """On TPUs `auto` is splash, which a check of the config alone cannot know."""
+    tree = {
+        "name": "t",
+        "student": {"path": "x"},
+        "data": {"train": [{"kind": "task", "task": "chain_sum"}]},
+        "train": {"num_steps": 1, "share_prompts": "always"},
+    }
+    device = types.SimpleNamespace(platform="tpu")
+    mesh = types.SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": 1})
+    with pytest.raises(ValueError, match="attention=auto is splash here"):
+        config_pack_shape(Config.model_validate(tree), mesh)

@@ -38,6 +38,7 @@ def splash_attention(
         layout: without prefixes; T a multiple of 128.
         interpret: run without a TPU, slowly.
     """
+    assert layout.prefix_begins_BT is None, "splash attention sees no prefixes"
     t, n = q_BTNH.shape[1:3]
     q = (q_BTNH.astype(jnp.float32) * rules.scale).astype(q_BTNH.dtype)
     # A piece is known by where it begins. 8 bits more than needed would not be faster.

@@ -48,9 +48,6 @@ class Measured:
     seconds_by_scope: dict[str, float]
     notes: list[str]
 
-    def fits(self, chip: Chip) -> bool:
-        return self.peak <= chip.memory
-
 
 def measure(planned: Planned, chip: Chip, topology: str, kept: Path | None) -> Measured:
     """Compiles a program, or takes what was kept of the same one.

@@ -62,16 +62,21 @@ def pack_shape(
     return PackShape(length, rows_per_pass, needed, share_prompts)
 
 
-def config_pack_shape(config: Config, mesh: Mesh, num_kinds: int = 1) -> PackShape:
+def config_pack_shape(config: Config, mesh: Mesh) -> PackShape:
     """The shape of a minibatch of a run.
 
-    Args:
-        num_kinds: teachers that each score rows of their own.
+    Raises:
+        ValueError: prompts are to be shared where attention cannot.
     """
     c, t = config, config.train
     num_rows = c.groups_per_batch * c.rollout.group_size // t.num_minibatches
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
     takes_prefixes = row_attention(t.attention, mesh).takes_prefixes
+    if t.share_prompts == "always" and not takes_prefixes:
+        raise ValueError(
+            f"train.share_prompts=always, but train.attention={t.attention} is splash here, which sees one "
+            "run of tokens alone; use attention=blockwise, or share_prompts=auto"
+        )
     return pack_shape(
         num_rows,
         longest,
@@ -79,7 +84,7 @@ def config_pack_shape(config: Config, mesh: Mesh, num_kinds: int = 1) -> PackSha
         length=t.pack_length,
         rows_per_pass=t.microbatch_rows,
         share_prompts=takes_prefixes if t.share_prompts == "auto" else t.share_prompts == "always",
-        num_kinds=num_kinds,
+        num_kinds=config.num_kinds,
     )
 
 
