@@ -206,9 +206,8 @@ def work(name: str, folder: Path) -> None:
 
 def model_flops(tokens: float) -> float:
     """Of one update on so many completion tokens of the usual spread, without any prompt twice."""
-    from kdrl_jax.plan.model_flops import keys_seen, training_flops
-
     from kdrl_jax.models.decoder_config import DecoderConfig
+    from kdrl_jax.plan.model_flops import keys_seen, training_flops
 
     config = DecoderConfig(VOCABULARY, WIDE, MLP, LAYERS, HEADS, KV_HEADS, HEAD)
     mean = round(tokens / (PROMPTS * GROUP))
