@@ -262,7 +262,7 @@ def _keep_programs(config: Config) -> None:
         flags = next((x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))), "")
         folder = folder / hashlib.sha256(flags.encode()).hexdigest()[:12]
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _compile_for_tpus() -> None:
