@@ -39,7 +39,7 @@ def main() -> None:
             )
             engine = setup.engine(setup.student, num, 2, SamplerSettings())
             r = engine.generate(params, prompts, seed_key(0))
-            shape = pack_shape(*r.tokens_BT.shape, setup.mesh)
+            shape = pack_shape(*r.tokens_BT.shape, setup.mesh, setup.student.attention)
             with jax.set_mesh(setup.mesh):
                 packed = pack_rollouts(r, 2, shape, setup.mesh)
                 scored = LogprobScorer(setup.student, setup.head, shape)(r, packed, params, 1.0)

@@ -127,8 +127,9 @@ class Evaluator:
                 for r, p in self._generate(engine, teacher.on_device(), None, "teacher", should_stop)
             ]
         kl = top = count = 0.0
+        teacher_params = teacher.on_device()
         for rollouts, num_rows in self._reference:
-            sums = self._agreement(params, teacher.on_device(), rollouts, num_rows)
+            sums = self._agreement(params, teacher_params, rollouts, num_rows)
             kl, top, count = kl + float(sums[0]), top + float(sums[1]), count + float(sums[2])
         return {"teacher_reverse_kl": kl / count, "teacher_top_agreement": top / count}
 
@@ -227,7 +228,7 @@ class Agreement:
         num, longest = rollouts.tokens_BT.shape
         lengths = jnp.where(jnp.arange(num) < num_rows, rollouts.completion_lengths_B, 0)
         rollouts = dataclasses.replace(rollouts, completion_lengths_B=lengths)
-        shape = pack_shape(num, longest, self._mesh)
+        shape = pack_shape(num, longest, self._mesh, self._models[0].attention)
         (packed,) = pack_rollouts(rollouts, 1, shape, self._mesh)
         with jax.set_mesh(self._mesh):
             return self._sums(params, teacher_params, packed.packs, shape=shape)

@@ -46,8 +46,14 @@ USAGE_ERROR = 2
 class StopRequest:
     """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: str = "saving after what is running now") -> None:
+        """Nothing happens before `install`.
+
+        Args:
+            says: what will be done about it.
+        """
         self.signal: int | None = None
+        self._says = says
 
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,7 +65,7 @@ class StopRequest:
         self.signal = number
         name = signal.Signals(number).name
         # os.write, because a signal may arrive in the middle of a print.
-        os.write(2, f"\n{name}: saving after what is running now; once more ends at once\n".encode())
+        os.write(2, f"\n{name}: {self._says}; once more ends at once\n".encode())
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -196,12 +202,19 @@ def run_eval(config: Config, stop: StopRequest, is_run: bool) -> int:
     return 0 if evaluate(config, Console(), stop, is_run=is_run) else 128 + (stop.signal or 0)
 
 
-def run_plan(config: Config, stop: StopRequest, is_run: bool) -> int:
+def run_plan(config: Config) -> int:
     from rich.console import Console
 
     from kdrl_jax.plan.command import plan
+    from kdrl_jax.rollout.engine import Stopped
 
-    return 0 if plan(config, Console(), stop) else 1
+    stop = StopRequest("ending after the program that is compiled now")
+    stop.install()
+    flags = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
+    try:
+        return 0 if plan(config, Console(), stop, flags) else 1
+    except Stopped:
+        raise Ended(stop.signal or signal.SIGINT) from None
 
 
 def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
@@ -291,10 +304,11 @@ def _run(call: Invocation) -> int:
         elif isinstance(call.options, ExportOptions):
             run_export(config, call.options, is_run)
         return 0
+    if call.command == "plan":
+        return run_plan(config)
     commands: dict[str, Callable[[Config, StopRequest, bool], int]] = {
         "train": run_train,
         "eval": run_eval,
-        "plan": run_plan,
         "report": run_report,
     }
     stop = StopRequest()

@@ -13,12 +13,12 @@ class Profiler:
         self._folder, self._steps = folder, steps
         self._running = False
 
-    def at(self, step: int) -> None:
-        """Begins or ends the trace, between two iterations of which the next begins with this step."""
+    def at(self, step: int, end: int) -> None:
+        """Begins or ends the trace, between two iterations of which the next has steps [step, end)."""
         if self._steps is None:
             return
         first, last = self._steps
-        if not self._running and first <= step < last:
+        if not self._running and step < last and end > first:
             self._running = True
             jax.profiler.start_trace(self._folder)
         elif self._running and step >= last:

@@ -31,10 +31,11 @@ def is_complete(config: Config) -> bool:
     return done.exists() and read_json(done)["step"] >= config.train.num_steps
 
 
-def prerequisites(config: Config) -> list[Config]:
-    """The runs that must be trained first. Each takes this run's seed and lives inside its directory, in
-    `<run>/student`, `<run>/teacher`, `<run>/teachers/NAME` or `<run>/reference`."""
-    found = []
+def prerequisites(config: Config) -> dict[Role, Config]:
+    """The runs that must be trained first, by the role of the model that comes from each. They take this
+    run's seed and live inside its directory, in `<run>/student`, `<run>/teacher`, `<run>/teachers/NAME` or
+    `<run>/reference`."""
+    found = {}
     for role, model in roles(config).items():
         if model.run is None or Path(model.run).is_dir():
             continue
@@ -43,7 +44,8 @@ def prerequisites(config: Config) -> list[Config]:
         source = model.run if Path(model.run).exists() else directory / "config.yaml"
         if not Path(source).is_file():
             raise FileNotFoundError(f"{role}.run={model.run}: no such config file or run directory")
-        found.append(load_config(source, fixed={"seed": config.seed, "log": {"dir": str(directory)}}))
+        fixed = {"seed": config.seed, "log": {"dir": str(directory)}}
+        found[role] = load_config(source, fixed=fixed)
     return found
 
 
@@ -62,7 +64,9 @@ def check_same_run(config: Config) -> None:
         return
     before = load_run_config(config.run_dir).model_dump(mode="json")
     now = config.model_dump(mode="json")
-    before["log"]["dir"] = now["log"]["dir"]
+    for settings in (before, now):  # what changes nothing of a run
+        settings["log"] |= {"dir": None, "profile_steps": None}
+        settings["plan"] = settings["cache_dir"] = None
     changed = [f"{key} was {a}, is {b}" for key, a, b in differences(before, now)]
     if changed:
         raise ValueError(

@@ -124,7 +124,7 @@ def self_divergence(
         ),
         sharding.rows(mesh),
     )
-    shape = pack_shape(num, length, mesh)
+    shape = pack_shape(num, length, mesh, student.attention)
     (packed,) = pack_rollouts(rollouts, 1, shape, mesh)
     score_teacher = make_scorer(teacher.model, head, shape, keep_states=True)
 

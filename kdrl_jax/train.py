@@ -78,7 +78,7 @@ def train(
     """
     if not resume:
         check_same_run(config)
-    needed = prerequisites(config)
+    needed = list(prerequisites(config).values())
     for inner in [*needed, config]:
         check_mesh(inner)
     if needed and not all(map(is_complete, needed)):
@@ -217,7 +217,7 @@ class Run:
                 self.evaluate_if_due(step)
                 if self.should_stop():
                     raise Stopped
-                self.profiler.at(step)
+                self.profiler.at(step, step + c.train.updates_per_iteration)
                 self.iteration()
                 position = self.data.get_state()
                 if self.should_stop():

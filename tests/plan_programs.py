@@ -8,8 +8,9 @@ from jax.sharding import SingleDeviceSharding
 
 from kdrl_jax.plan.chips import CHIPS
 from kdrl_jax.plan.cost import analyse
+from kdrl_jax.plan.hlo import parse
 from kdrl_jax.plan.topology import make_topology
-from kdrl_jax.plan.walk import NOTHING
+from kdrl_jax.plan.walk import NOTHING, Walk, roofline
 
 CHIP = CHIPS["v5e"]
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu to compile with")
@@ -32,3 +33,8 @@ def compiled(f, *arguments, place, **options):
 def cost_of(f, *arguments, place="cpu", given=NOTHING, scopes=(), **options):
     text = compiled(f, *arguments, place=place, **options).as_text()
     return analyse(text, CHIP, given, scopes)
+
+
+def roofline_seconds(text):
+    """Where products run at peak: no schedule of these instructions is quicker."""
+    return Walk(parse(text), CHIP, NOTHING, ()).program(roofline).total

@@ -8,6 +8,7 @@ import pytest
 from kdrl_jax import sharding
 from kdrl_jax.config import Config, MeshConfig
 from kdrl_jax.frozen import FrozenScorer
+from kdrl_jax.models.attend import PLAIN
 from kdrl_jax.models.decoder import DecoderConfig, FrozenModel, make_model
 from kdrl_jax.objective.divergence import mixture
 from kdrl_jax.scoring import HeadSettings
@@ -56,7 +57,7 @@ class Scorer:
 
     def __init__(self, c, teachers, reference=None, num_minibatches=1):
         self.kinds, self.num = c.num_kinds, num_minibatches
-        self.shape = pack_shape(B // num_minibatches, T, MESH, rows_per_pass=2, num_kinds=c.num_kinds)
+        self.shape = pack_shape(B // num_minibatches, T, MESH, PLAIN, rows_per_pass=2, num_kinds=c.num_kinds)
         self.scorer = FrozenScorer(c, teachers, reference, HEAD, MESH, self.shape)
 
     def __call__(self, rollouts, temperature, own):

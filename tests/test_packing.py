@@ -11,6 +11,7 @@ from packed import packed, shape_for
 
 from kdrl_jax import sharding
 from kdrl_jax.config import Config, MeshConfig
+from kdrl_jax.models.attend import RowAttention
 from kdrl_jax.scoring import PackShape, passes_needed, place
 from kdrl_jax.scoring.packer import config_pack_shape, minibatch_rows, pack_shape
 
@@ -103,7 +104,7 @@ def geometric_lengths(seed, num=128, mean=190, most=512):
 def test_little_is_padding_at_usual_lengths(share):
     """16 prompts of 64 tokens, 8 completions of 190 on average: the shared workload."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    shape = pack_shape(128, 576, mesh, share_prompts=share)
+    shape = pack_shape(128, 576, mesh, RowAttention("blockwise"), share_prompts=share)
     fracs = []
     for seed in range(10):
         lengths = geometric_lengths(seed)
@@ -129,9 +130,9 @@ def test_packed_rows_follow_the_config():
     shape = config_pack_shape(Config.model_validate(tree), mesh)
     assert shape.share_prompts
     assert (shape.length, shape.rows_per_pass) == (1792, 2)  # three of the longest, in tiles of 128
-    tree["train"] |= {"pack_length": 600, "microbatch_rows": 4, "num_minibatches": 2, "attention": "splash"}
+    tree["train"] |= {"pack_length": 640, "microbatch_rows": 4, "num_minibatches": 2, "attention": "splash"}
     shape = config_pack_shape(Config.model_validate(tree), mesh)
-    assert shape == PackShape(600, 4, 16, share_prompts=False)
+    assert shape == PackShape(640, 4, 16, share_prompts=False)
 
 
 def test_minibatches_have_whole_groups_where_they_divide():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from plan_programs import CHIP, PLACES, TPU, compiled, cost_of
+from plan_programs import CHIP, PLACES, TPU, compiled, cost_of, roofline_seconds
 
 from kdrl_jax.models.decoder import make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
@@ -115,7 +115,6 @@ def test_seconds_are_told_apart(place):
     cost = decoder_cost(place, True, "full")
     assert sum(cost.seconds_by_scope.values()) == pytest.approx(cost.seconds)
     assert sum(cost.seconds_by_kind.values()) == pytest.approx(cost.seconds)
-    assert cost.seconds >= cost.roofline_seconds > 0
     assert cost.seconds_by_scope["layers"] > cost.seconds_by_scope["head"] > 0
     assert set(cost.seconds_by_scope) <= {"layers", "head", OTHER}
 
@@ -180,16 +179,16 @@ def test_a_copied_array_is_read_and_written_once():
 @TPU
 def test_large_products_are_near_the_peak():
     n = 8192
-    cost = cost_of(lambda x, y: x @ y, ((n, n), bf16), ((n, n), bf16), place="v5e:1x1")
-    assert cost.roofline_seconds == pytest.approx(2 * n**3 / CHIP.flops)
-    assert 1 <= cost.seconds / cost.roofline_seconds < 1.2
-    eight = cost_of(
+    text = compiled(lambda x, y: x @ y, ((n, n), bf16), ((n, n), bf16), place="v5e:1x1").as_text()
+    assert roofline_seconds(text) == pytest.approx(2 * n**3 / CHIP.flops)
+    assert 1 <= analyse(text, CHIP).seconds / roofline_seconds(text) < 1.2
+    eight = compiled(
         functools.partial(jnp.matmul, preferred_element_type=jnp.int32),
         ((n, n), jnp.int8),
         ((n, n), jnp.int8),
         place="v5e:1x1",
     )
-    assert eight.roofline_seconds == pytest.approx(2 * n**3 / CHIP.int8_ops, rel=0.05)
+    assert roofline_seconds(eight.as_text()) == pytest.approx(2 * n**3 / CHIP.int8_ops, rel=0.05)
 
 
 # Collectives

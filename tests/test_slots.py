@@ -438,7 +438,7 @@ def test_slots_are_as_many_as_fit():
     assert "one slot does not fit" in message
     assert "use rollout.cache_dtype=int8" in message
     for slots in (2, 3, 4, 9, 31):
-        free = fixed + 10_000 + int((slots - 1) * each / 0.9) + 2000
+        free = fixed + 10_000 + (slots - 1) * each + 2000
         assert choose_slots(CONFIG, s, MESH, free=free) == 1 << (slots.bit_length() - 1)
 
 

@@ -17,12 +17,13 @@ from rich.console import Console
 from tiny_runs import SHAPE, TASK, TREE, assert_same_run, config_file, metrics, run
 
 from kdrl_jax.checkpoint import Checkpoints
-from kdrl_jax.config import load_config, load_run_config
+from kdrl_jax.config import load_config, load_run_config, save_config
 from kdrl_jax.main import main
 from kdrl_jax.metrics import Clock
+from kdrl_jax.profiling import Profiler
 from kdrl_jax.report import report
 from kdrl_jax.rollout.engine import Engine
-from kdrl_jax.runs import is_complete
+from kdrl_jax.runs import check_same_run, is_complete
 from kdrl_jax.train import train
 
 train_module = sys.modules["kdrl_jax.train"]
@@ -454,6 +455,32 @@ print(status, jax.device_count())
     assert out.stdout.splitlines()[-1] == "0 2"
     assert main(["--config", str(path), f"log.dir={tmp_path / 'other'}"]) == 2
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "updates", "traced"),
+    [((2, 4), 1, [2, 3]), ((2, 4), 4, [0]), ((5, 6), 4, [4]), ((4, 8), 4, [4]), ((3, 5), 4, [0, 4])],
+)
+def test_iterations_that_hold_the_steps_are_traced(monkeypatch, tmp_path, steps, updates, traced):
+    on = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: on.append(True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", on.clear)
+    profiler, seen = Profiler(tmp_path, steps), []
+    for step in range(0, 16, updates):
+        profiler.at(step, step + updates)
+        if on:
+            seen.append(step)
+    assert seen == traced
+
+
+def test_what_only_observes_a_run_may_change(tmp_path):
+    path = config_file(tmp_path, log={"dir": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    save_config(load_config(path, []), tmp_path / "run")
+    same = ["plan.topology=v6e:2x4", "cache_dir=null", "log.profile_steps=[1, 2]"]
+    check_same_run(load_config(path, same))
+    with pytest.raises(ValueError, match=r"seed was \d+, is 9"):
+        check_same_run(load_config(path, [*same, "seed=9"]))
 
 
 def test_steps_are_traced(tmp_path):

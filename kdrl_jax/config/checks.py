@@ -252,6 +252,11 @@ def _check_counts(c: "Config") -> None:
             f"train.pack_length={c.train.pack_length} has no room for the longest row: "
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; raise it, or leave it out"
         )
+    if c.train.pack_length is not None and c.train.pack_length % 128:
+        raise ValueError(
+            f"train.pack_length={c.train.pack_length} does not divide into blocks of 128 positions; take "
+            f"{-(-c.train.pack_length // 128) * 128}"
+        )
     if c.train.share_prompts == "always" and c.train.attention == "splash":
         raise ValueError(
             "train.share_prompts=always with train.attention=splash, which sees one run of tokens alone; use "

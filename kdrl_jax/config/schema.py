@@ -88,9 +88,9 @@ class TrainConfig(Section):
     num_epochs: Positive = 1
     """Times that an iteration goes over its batch. One epoch of one minibatch is strictly on-policy."""
     pack_length: Positive | None = None
-    """Positions of a packed row, which holds as many completions with their prompts as fit; at least
-    max_prompt_tokens + max_new_tokens. null: about 2,048, or one of the longest. Changes memory and speed
-    alone, as the next settings do."""
+    """Positions of a packed row, which holds as many completions with their prompts as fit: a multiple of
+    128, at least max_prompt_tokens + max_new_tokens. null: about 2,048, or one of the longest. Changes memory
+    and speed alone, as the next settings do."""
     microbatch_rows: Positive | None = None
     """Packed rows per pass through a model, over all devices. null: one on each."""
     share_prompts: Literal["auto", "always", "never"] = "auto"

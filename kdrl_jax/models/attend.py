@@ -5,13 +5,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from kdrl_jax.models.attention import ScoreRules, full_attention
 from kdrl_jax.models.blockwise import blockwise_attention
 from kdrl_jax.models.layout import Layout
 from kdrl_jax.models.splash import splash_attention
 from kdrl_jax.sharding import ROWS
+
+ROW_TILE = 128
+"""Positions; the least block of the TPU kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,13 @@ class RowAttention:
     def takes_prefixes(self) -> bool:
         return self.kind != "splash"
 
+    def tile(self, length: int) -> int:
+        """What rows of about this length are best a multiple of: blocks divide it, and slices of the
+        vocabulary head."""
+        if self.kind == "splash":
+            return ROW_TILE if length <= 1024 else 512
+        return 8 if length < ROW_TILE else ROW_TILE
+
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, rules: ScoreRules, layout: Layout
     ) -> jax.Array:
@@ -42,11 +52,11 @@ class RowAttention:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return self._own(q, k, v, rules, layout)
-        k, v = (_one_for_each_device(x, q.shape[2], mesh) for x in (k, v))
+        kv_heads = kv_heads_over(q.shape[2], k.shape[2], mesh.shape["tensor"])
+        k, v = (jnp.repeat(x, (kv_heads or x.shape[2]) // x.shape[2], axis=2) for x in (k, v))
         rows_divide = q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-        heads_divide = k.shape[2] % mesh.shape["tensor"] == 0
         rows = PartitionSpec(ROWS if rows_divide else None)
-        heads = PartitionSpec(*rows, None, "tensor" if heads_divide else None)
+        heads = PartitionSpec(*rows, None, None if kv_heads is None else "tensor")
         return jax.shard_map(
             self._own,
             in_specs=(heads, heads, heads, PartitionSpec(), rows),
@@ -77,9 +87,11 @@ def row_attention(setting: str, mesh: Mesh) -> RowAttention:
     return RowAttention(setting, block=64 if platform == "cpu" else 256)  # type: ignore[arg-type]
 
 
-def _one_for_each_device(x_BTKH: jax.Array, num_heads: int, mesh: AbstractMesh) -> jax.Array:
-    """Keys or values repeated, where `tensor` has more devices than there are heads of them, so that each
-    device has the one that its queries read."""
-    heads, devices = x_BTKH.shape[2], mesh.shape["tensor"]
-    fits = devices > heads and devices % heads == 0 and num_heads % devices == 0
-    return jnp.repeat(x_BTKH, devices // heads, axis=2) if fits else x_BTKH
+def kv_heads_over(num_heads: int, num_kv_heads: int, devices: int) -> int | None:
+    """Heads of keys, once repeated, that so many devices of `tensor` share evenly, each with those that its
+    queries read; None where each attends with all heads."""
+    if num_kv_heads % devices == 0:
+        return num_kv_heads
+    if devices % num_kv_heads == 0 and num_heads % devices == 0:
+        return devices
+    return None

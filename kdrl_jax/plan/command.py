@@ -1,6 +1,5 @@
 """The `plan` command: what a config will need of a TPU slice, before there is one."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,23 +9,29 @@ from rich.status import Status
 from rich.table import Table
 
 from kdrl_jax.config import Config
+from kdrl_jax.metrics import write_atomically
 from kdrl_jax.plan import tables
-from kdrl_jax.plan.fit import Plan, Planner, mean_lengths
+from kdrl_jax.plan.fit import Plan, Planner, change_words, mean_lengths
 from kdrl_jax.plan.shapes import model_shapes
 from kdrl_jax.plan.topology import make_topology
 
 SLOWEST = "a program takes up to a minute or two"
 
 
-def plan(config: Config, console: Console, should_stop: Callable[[], bool]) -> bool:
+def plan(config: Config, console: Console, should_stop: Callable[[], bool], flags: str = "") -> bool:
     """Compiles the config's programs for each slice of `plan.topology`, prints and writes tables, and tries
     what would make them fit where they do not. Nothing of any model but its shape is read.
+
+    Args:
+        should_stop: asked between two programs.
+        flags: that the compiler was given.
 
     Returns:
         Whether the config fits every slice.
 
     Raises:
-        ValueError: an unknown slice, or a config that does not go with it.
+        ValueError: an unknown slice or model.
+        Stopped: when asked to stop. Nothing is written then but the tables kept of whole programs.
     """
     # What is compiled for devices that are not there cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -38,21 +43,32 @@ def plan(config: Config, console: Console, should_stop: Callable[[], bool]) -> b
     text, plans = [], []
     for name, chip, devices in slices:
         with console.status(f"{name}: {SLOWEST}") as status:
-            planner = Planner(name, chip, devices, shapes, kept, lambda line: _say(console, status, line))
+            planner = Planner(
+                name,
+                chip,
+                devices,
+                shapes,
+                kept,
+                lambda line: _say(console, status, line),
+                should_stop=should_stop,
+                flags=flags,
+            )
             found = planner.plan(config)
         plans.append(found)
         text += _show(config, console, found)
         if found.fits or not config.plan.search:
             continue
-        text += _search(config, console, planner, found, should_stop)
+        text += _search(config, console, planner, found)
     if len(plans) > 1:
         rows = tables.comparison_rows(plans)
         _table(console, "slices", tables.COMPARISON, rows)
         text.append(tables.markdown("Slices", tables.COMPARISON, rows))
     for line in tables.footnotes():
         console.print(line, style="dim", highlight=False)
-    _write(folder / "plan.md", "\n".join([f"# Plan of {config.name}", "", *text, *tables.footnotes(), ""]))
-    _write(folder / "plan.json", json.dumps([tables.as_json(p) for p in plans], indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    page = [f"# Plan of {config.name}", "", *text, *tables.footnotes(), ""]
+    write_atomically(folder / "plan.md", "\n".join(page))
+    write_atomically(folder / "plan.json", tables.as_json(plans))
     console.print(f"written: {folder}/plan.md and plan.json", highlight=False)
     return all(p.fits for p in plans)
 
@@ -60,9 +76,14 @@ def plan(config: Config, console: Console, should_stop: Callable[[], bool]) -> b
 def _show(config: Config, console: Console, found: Plan) -> list[str]:
     lines = tables.summary(found, mean_lengths(config))
     text = [f"# {found.topology}", "", *lines, ""]
-    rows, sent = tables.program_rows(found), tables.collective_rows(found)
-    _table(console, f"{found.topology}: on each chip", tables.COLUMNS, rows)
-    text.append(tables.markdown("Programs, on each chip", tables.COLUMNS, rows))
+    columns, rows, sent = (
+        tables.program_columns(found),
+        tables.program_rows(found),
+        tables.collective_rows(found),
+    )
+    if found.programs:
+        _table(console, f"{found.topology}: on each chip", columns, rows)
+        text.append(tables.markdown("Programs, on each chip", columns, rows))
     if sent:
         _table(console, f"{found.topology}: sent between chips", tables.SENT, sent)
         text.append(tables.markdown("Sent between chips", tables.SENT, sent))
@@ -73,20 +94,18 @@ def _show(config: Config, console: Console, found: Plan) -> list[str]:
     return text
 
 
-def _search(
-    config: Config, console: Console, planner: Planner, found: Plan, should_stop: Callable[[], bool]
-) -> list[str]:
+def _search(config: Config, console: Console, planner: Planner, found: Plan) -> list[str]:
     """Tries what would make it fit, until something does."""
     rows: list[list[str]] = []
     with console.status(f"{found.topology}: looking for what would make it fit") as status:
-        planner.say = lambda line: _say(console, status, f"trying: {line}")
+        planner.say = lambda line: _say(console, status, line)
         for change, tried in planner.remedies(config, found):
-            words = " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
-            peak = "" if tried.problem else f"{tried.peak / tried.chip.memory:.0%}"
-            rows.append([words, "fits" if tried.fits else "does not fit", peak])
-            if tried.fits or should_stop():
+            peak = "" if tried.problem else tables.share_of_chip(tried.peak, tried.chip)
+            where = ", ".join(m.name for m in tried.too_large)
+            rows.append([change_words(change), "fits" if tried.fits else "does not fit", where, peak])
+            if tried.fits:
                 break
-    columns = ("with", "", "of the chip")
+    columns = ("with", "", "the first too large", "of chip")
     _table(console, f"{found.topology}: what would make it fit", columns, rows)
     return [tables.markdown("What would make it fit", columns, rows)]
 
@@ -104,11 +123,3 @@ def _table(console: Console, title: str, columns: Sequence[str], rows: Sequence[
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _write(file: Path, text: str) -> None:
-    """The whole file or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(file.suffix + ".part")
-    part.write_text(text)
-    part.replace(file)

@@ -24,10 +24,11 @@ from collections.abc import Mapping, Sequence
 
 from kdrl_jax.plan.chips import Chip
 from kdrl_jax.plan.hlo import parse
-from kdrl_jax.plan.walk import NOTHING, Given, Walk, by_compiler, estimate, roofline
+from kdrl_jax.plan.walk import NOTHING, Given, Walk, by_compiler, estimate
 
 LEFT_OUT = (
-    "the host: dispatch, input, rewards, writing of checkpoints",
+    "the host: dispatch, input, rewards, writing of checkpoints, and its memory, where what is parked lies",
+    "evaluation",
     "networks between slices, and between hosts outside of a slice's own",
     "vector work that takes longer than the memory, such as exponentials of what stays in the vector memory",
     "kernels that reach more or less of the peak than KERNEL_SHARE",
@@ -63,8 +64,6 @@ class Cost:
     collectives: tuple[Collective, ...]
     seconds: float
     """The estimate."""
-    roofline_seconds: float
-    """The same where products run at peak: no schedule of these instructions is quicker."""
     compiler_seconds: float
     """The same where all that the compiler estimates takes so long."""
     seconds_by_scope: Mapping[str, float]
@@ -101,7 +100,6 @@ def analyse(text: str, chip: Chip, given: Given = NOTHING, scopes: Sequence[str]
         bytes=tally.bytes,
         collectives=tuple(Collective(*key, *sums) for key, sums in sorted(tally.collectives.items())),
         seconds=tally.total,
-        roofline_seconds=walk.program(roofline).total,
         compiler_seconds=walk.program(by_compiler).total,
         seconds_by_scope=dict(scope_seconds),
         seconds_by_kind=dict(kind_seconds),

@@ -1,7 +1,11 @@
 """Whether a config fits a slice, and what would make it fit."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +14,13 @@ from kdrl_jax.config import Config
 from kdrl_jax.models.remat import LADDER
 from kdrl_jax.plan.chips import Chip
 from kdrl_jax.plan.measure import Measured, measure
-from kdrl_jax.plan.programs import SCORE, UPDATE, Lengths, RunPrograms
+from kdrl_jax.plan.programs import ROLLOUT, SCORE, UPDATE, Lengths, RunPrograms
 from kdrl_jax.plan.shapes import Ids, Shapes
+from kdrl_jax.rollout.engine import Stopped
+from kdrl_jax.rollout.memory import SHARE
 from kdrl_jax.setup import abstract_setup, check_mesh
 
-ENOUGH = 0.9
+ENOUGH = SHARE
 """Share of a chip's memory that a plan may fill: what is left is for what it does not know."""
 
 Say = Callable[[str], None]
@@ -38,60 +44,94 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.problem is None and self.peak <= ENOUGH * self.chip.memory
+        return self.problem is None and not self.too_large
+
+    @property
+    def too_large(self) -> list[Measured]:
+        """Programs that a chip has no room for."""
+        return [m for m in self.programs if m.peak > ENOUGH * self.chip.memory]
 
 
 class Planner:
     """Compiles configs for one slice."""
 
     def __init__(
-        self, topology: str, chip: Chip, devices: Sequence[jax.Device], shapes: Shapes, kept: Any, say: Say
+        self,
+        topology: str,
+        chip: Chip,
+        devices: Sequence[jax.Device],
+        shapes: Shapes,
+        kept: Path | None,
+        say: Say,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        flags: str = "",
     ):
+        """Takes what it works with.
+
+        Args:
+            kept, flags: as in `measure`.
+            say: told what begins.
+            should_stop: asked between two programs.
+        """
         self.topology, self.chip, self.devices = topology, chip, devices
         self.shapes, self.kept, self.say = shapes, kept, say
+        self.should_stop, self.flags = should_stop, flags
 
-    def plan(self, config: Config, phases: Sequence[str] | None = None) -> Plan:
-        """All programs of a config, or those of some phases.
+    def plan(self, config: Config, first: Sequence[str] | None = None) -> Plan:
+        """All programs of a config; or, with phases to begin with, those up to the first that has no room.
 
         Raises:
-            ValueError: the config does not go with the slice's devices.
+            Stopped: when asked to stop between two programs.
         """
-        mesh = check_mesh(config, self.devices)
-        ids = Ids(self.shapes.num_tokens)
-        setup = abstract_setup(config, mesh, self.shapes.of_role, ids)
         none = Plan(self.topology, self.chip, len(self.devices), 0, [])
         try:
+            mesh = check_mesh(config, self.devices)
+            setup = abstract_setup(config, mesh, self.shapes.of_role, Ids(self.shapes.num_tokens))
             run = RunPrograms(setup, self.chip.memory * ENOUGH, mean_lengths(config))
         except ValueError as error:
             return dataclasses.replace(none, problem=str(error))
-        done = []
-        for planned in run.lower(phases):
+        found = dataclasses.replace(none, slots=run.slots)
+        rest = [phase for phase in (ROLLOUT, SCORE, UPDATE) if phase not in (first or ())]
+        for planned in itertools.chain(run.lower(first or ()), run.lower(rest)):
+            if self.should_stop():
+                raise Stopped
             self.say(f"{self.topology}: compiling {planned.name}")
-            done.append(measure(planned, self.chip, self.topology, self.kept))
-        return dataclasses.replace(none, slots=run.slots, programs=done)
+            found.programs.append(measure(planned, self.chip, self.topology, self.kept, self.flags))
+            if first is not None and not found.fits:
+                break
+        return found
 
     def remedies(self, config: Config, plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
-        """Changes of settings, tried one after another; then together, each kept that frees memory, until all
-        fits. Yields what was tried and what came of it."""
+        """Changes of settings, tried one after another; then together those that freed memory, or moved the
+        want of it to another program. Yields what was tried and what came of it: up to the first program that
+        has no room."""
+        before = {m.name: m.peak for m in plan.too_large}
+        first = list(dict.fromkeys(m.phase for m in plan.too_large))
         together: dict[str, Any] = {}
-        least = plan.peak if plan.problem is None else float("inf")
         for change in candidates(config, plan):
-            tried = self._try(config, change)
+            tried = self._try(config, change, first)
             if tried is None:
                 continue
             yield change, tried
-            if tried.problem is None and tried.peak < least:
+            if tried.problem is None and all(m.peak < before.get(m.name, math.inf) for m in tried.too_large):
                 together |= change
         if len(together) > 1:
-            tried = self._try(config, together)
+            tried = self._try(config, together, first)
             if tried is not None:
                 yield together, tried
 
-    def _try(self, config: Config, change: dict[str, Any]) -> Plan | None:
+    def _try(self, config: Config, change: dict[str, Any], first: Sequence[str]) -> Plan | None:
         try:
-            return self.plan(changed(config, change))
-        except ValueError:  # settings that contradict others, or do not go with the slice
+            config = changed(config, change)
+        except ValueError:  # contradicts other settings
             return None
+        say, words = self.say, change_words(change)
+        self.say = lambda line: say(f"trying {words}: {line}")
+        try:
+            return self.plan(config, first)
+        finally:
+            self.say = say
 
 
 def mean_lengths(config: Config) -> Lengths:
@@ -103,15 +143,27 @@ def mean_lengths(config: Config) -> Lengths:
     )
 
 
+def change_words(change: Mapping[str, Any]) -> str:
+    """As on a command line."""
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in change.items())
+
+
 def candidates(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Single changes that may free what lacks, the cheapest first."""
-    over = {m.phase for m in plan.programs if m.peak > ENOUGH * plan.chip.memory}
-    if plan.problem is not None:
-        yield {"rollout.cache_dtype": "int8"}
-    if {m.name for m in plan.programs if m.peak > ENOUGH * plan.chip.memory} == {"diagnostics"}:
+    """Single changes that may free what lacks, the cheapest first; of the rungs of remat only those that
+    free most, since each takes a minute to compile."""
+    over = {m.phase for m in plan.too_large}
+    if plan.problem is not None or ROLLOUT in over:
+        slots = config.rollout.slots_per_device
+        if slots is not None:
+            yield {"rollout.slots_per_device": None}
+        elif plan.slots > 1:
+            yield {"rollout.slots_per_device": plan.slots // 2}
+        if config.rollout.cache_dtype != "int8":
+            yield {"rollout.cache_dtype": "int8"}
+    if {m.name for m in plan.too_large} == {"diagnostics"}:
         yield {"train.diagnostics_every": 0}
     if UPDATE in over:
-        for rung in LADDER[LADDER.index(config.train.remat) + 1 :]:
+        for rung in LADDER[max(LADDER.index("full"), LADDER.index(config.train.remat) + 1) :]:
             yield {"train.remat": rung}
         if config.train.microbatch_rows is not None:
             yield {"train.microbatch_rows": None}

@@ -49,13 +49,14 @@ class Measured:
     notes: list[str]
 
 
-def measure(planned: Planned, chip: Chip, topology: str, kept: Path | None) -> Measured:
+def measure(planned: Planned, chip: Chip, topology: str, kept: Path | None, flags: str = "") -> Measured:
     """Compiles a program, or takes what was kept of the same one.
 
     Args:
         kept: folder of tables by program; None keeps none.
+        flags: that the compiler was given.
     """
-    file = None if kept is None else kept / f"{_fingerprint(planned, topology)}.json"
+    file = None if kept is None else kept / f"{_fingerprint(planned, topology, flags)}.json"
     if file is not None and file.is_file():
         found = json.loads(file.read_text()) | {"compile_seconds": 0.0}
     else:
@@ -65,6 +66,10 @@ def measure(planned: Planned, chip: Chip, topology: str, kept: Path | None) -> M
             part = file.with_suffix(".part")
             part.write_text(json.dumps(found))
             part.replace(file)
+    return _measured(planned, found)
+
+
+def _measured(planned: Planned, found: dict[str, Any]) -> Measured:
     return Measured(
         name=planned.name,
         phase=planned.phase,
@@ -106,10 +111,12 @@ def _compile(planned: Planned, chip: Chip) -> dict[str, Any]:
 
 
 def _needed(message: str) -> float | None:
-    """Bytes that a program wants of a chip, from the compiler's refusal; None for another error."""
+    """Bytes that a program wants of a chip at least, from the compiler's refusal; None for another error."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    found = re.search(r"Used ([\d.]+)([KMG]) of", message)
+    found = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(
+        r"memory required for HLO temporaries \(([\d.]+)([KMG])\)", message
+    )
     if found is None:
         return float("inf")
     return float(found.group(1)) * 2.0 ** {"K": 10, "M": 20, "G": 30}[found.group(2)]
@@ -133,10 +140,10 @@ def _too_large(planned: Planned, needed: float, seconds: float) -> dict[str, Any
     }
 
 
-def _fingerprint(planned: Planned, topology: str) -> str:
+def _fingerprint(planned: Planned, topology: str, flags: str) -> str:
     """Of all that a table depends on: the program, what it is compiled for and by, and how it is read."""
     digest = hashlib.sha256()
-    parts = [planned.lowered.as_text(), topology, repr(planned.given)]
+    parts = [planned.lowered.as_text(), topology, repr(planned.given), flags]
     parts += [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     parts += [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
     for part in parts:

@@ -67,6 +67,21 @@ def forward_flops(config: DecoderConfig, num_tokens: float, num_head_tokens: flo
     return num_tokens * (2 * layer_parameters(config) + attention) + num_head_tokens * head
 
 
-def training_flops(config: DecoderConfig, num_tokens: float, num_head_tokens: float, seen: KeysSeen) -> float:
-    """Operations of a pass and of the gradient in all matrices; arguments as `forward_flops`."""
-    return 3 * forward_flops(config, num_tokens, num_head_tokens, seen)
+def training_flops(
+    config: DecoderConfig,
+    num_tokens: float,
+    num_head_tokens: float,
+    seen: KeysSeen,
+    *,
+    frozen_weights: bool = False,
+) -> float:
+    """Operations of a pass and of the gradient in all matrices; arguments as `forward_flops`.
+
+    Args:
+        frozen_weights: only activations have a gradient, as under adapters: a third less, but for attention,
+            which has no weights.
+    """
+    whole = 3 * forward_flops(config, num_tokens, num_head_tokens, seen)
+    if frozen_weights:
+        whole -= forward_flops(config, num_tokens, num_head_tokens, KeysSeen(0, 0))
+    return whole

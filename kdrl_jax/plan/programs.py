@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kdrl_jax import sharding
 from kdrl_jax.config.schedules import is_zero
+from kdrl_jax.models.attend import kv_heads_over
 from kdrl_jax.models.cache import bytes_per_position
 from kdrl_jax.models.decoder import FrozenModel, Model
+from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.plan.abstract import abstract_array, abstract_head, abstract_minibatch
 from kdrl_jax.plan.model_flops import KeysSeen, forward_flops, keys_seen, training_flops
 from kdrl_jax.plan.walk import Given, KernelWork
@@ -24,7 +27,8 @@ from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.rollout.settings import EngineSettings
 from kdrl_jax.rollout.weights import decode_layout
 from kdrl_jax.scoring import make_scorer
-from kdrl_jax.scoring.packer import config_pack_shape
+from kdrl_jax.scoring.packer import config_pack_shape, minibatch_rows
+from kdrl_jax.scoring.packing import place
 from kdrl_jax.scoring.passes import slice_size
 from kdrl_jax.setup import Setup
 from kdrl_jax.step import Objective, make_diagnostics, make_update
@@ -33,8 +37,7 @@ from kdrl_jax.types import Params
 ROLLOUT, SCORE, UPDATE = "rollout", "score", "update"
 """The phases that the time of an iteration is made of."""
 
-FILLED = 0.96
-"""Of the positions of packed rows; see `tests/test_packing.py`."""
+STUDENT, FROZEN, OPTIMIZER, HEADS = "student", "frozen weights of the student", "optimizer", "heads"
 
 BUSY = 0.8
 """Of the slots of a rollout, in the mean over its steps: the last completions leave others idle."""
@@ -73,6 +76,26 @@ class Lengths:
     prompt: int
     completion: int
 
+    def spread(self, num: int, most: int) -> np.ndarray:
+        """int [num]: completions spread evenly about their mean, as far as 1 and `most` let them."""
+        half = min(self.completion - 1, most - self.completion)
+        even = np.linspace(self.completion - half, self.completion + half, num)
+        return np.random.default_rng(0).permutation(np.rint(even).astype(int))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a minibatch of such lengths holds."""
+
+    passes: float
+    """Over packed rows; with several kinds of rows, of all kinds."""
+    tokens: float
+    """In packed rows, prompts included."""
+    scored: float
+    """Completion tokens."""
+    sequences: list[int]
+    """Of each completion, its tokens and its prompt's."""
+
 
 class RunPrograms:
     """The programs of one iteration of `train`."""
@@ -82,7 +105,7 @@ class RunPrograms:
 
         Args:
             setup: of abstract parameters, on a mesh of the devices.
-            chip_memory: bytes of each.
+            chip_memory: bytes of each that may be filled.
 
         Raises:
             ValueError: not one slot fits.
@@ -97,11 +120,16 @@ class RunPrograms:
         self.frozen = {**setup.teachers} | ({"reference": setup.reference} if setup.reference else {})
         with jax.set_mesh(setup.mesh):
             self.minibatch = abstract_minibatch(setup, self.shape)
+        self.heads = {}
+        if c.teacher_states:
+            self.heads = {role: abstract_head(t, setup.mesh) for role, t in setup.teachers.items()}
+        self.held = self._held()
+        self.work = self._work()
         self.slots = 0
         if c.rollout.source != "dataset":
             self.engine = self._engine_settings()
             self.weights = decode_layout(self.sampled, self.sampled_params, setup.mesh)
-            free = chip_memory - self.resident() - bytes_on_chip(self.weights)
+            free = chip_memory - self.besides() - bytes_on_chip(self.weights)
             self.slots = choose_slots(self.sampled.config, self.engine, setup.mesh, max(int(free), 0))
 
     @property
@@ -119,20 +147,30 @@ class RunPrograms:
             return self.setup.teacher.on_device()
         return self.student_params
 
-    def resident(self, *, optimizer: bool = False, without: FrozenModel | None = None) -> float:
-        """Bytes of each chip that live between the phases: the student, its optimizer unless it is parked
-        now, and all frozen models that are not parked.
+    def _held(self) -> dict[str, float]:
+        """Bytes of each chip that live between the phases, by what they are of."""
+        setup = self.setup
+        out = {
+            STUDENT: bytes_on_chip(self.state.params),
+            FROZEN: bytes_on_chip(setup.frozen),
+            OPTIMIZER: 0.0 if setup.config.train.park_optimizer else bytes_on_chip(self.state.opt_state),
+            # Of parked teachers the heads stay.
+            HEADS: bytes_on_chip(self.heads) if setup.parks_frozen else 0.0,
+        }
+        for role, frozen in self.frozen.items():
+            # Without its adapters, a student is its own reference.
+            shared = frozen.params is setup.frozen
+            out[role] = 0.0 if shared or setup.parks_frozen else bytes_on_chip(frozen.params)
+        return out
 
-        Args:
-            optimizer: whether the optimizer's state is there even if it is parked elsewhere.
-            without: a frozen model that is counted elsewhere.
-        """
-        parked = self.setup.config.train.park_optimizer and not optimizer
-        total = bytes_on_chip((self.state.params, self.setup.frozen))
-        total += 0 if parked else bytes_on_chip(self.state.opt_state)
-        if self.setup.parks_frozen:
-            return total
-        return total + sum(bytes_on_chip(f.params) for f in self.frozen.values() if f is not without)
+    def besides(self, *arguments: str) -> float:
+        """What lives while a program runs and is none of its arguments, which are named as in `held`."""
+        return sum(size for name, size in self.held.items() if name not in arguments)
+
+    @property
+    def states(self) -> float:
+        """Bytes of each chip of what teachers leave for the update of one minibatch."""
+        return bytes_on_chip(self.minibatch.teacher)
 
     def lower(self, phases: Sequence[str] | None = None) -> Iterator[Planned]:
         """The programs (of some phases), each lowered when it is asked for."""
@@ -141,6 +179,8 @@ class RunPrograms:
             if self.slots and ROLLOUT in phases:
                 yield from self._rollout()
             if SCORE in phases:
+                if self.setup.config.train.updates_per_iteration > 1:
+                    yield self._score_student()
                 for role in self.setup.teachers if self.setup.config.scores_teacher else ():
                     yield self._score(role, self.setup.teachers[role])
                 if self.setup.reference is not None:
@@ -156,50 +196,48 @@ class RunPrograms:
         c = self.setup.config
         return c.groups_per_batch * c.rollout.group_size
 
-    @property
-    def tokens_of_minibatch(self) -> float:
-        """In packed rows, prompts included, of a minibatch of mean lengths."""
-        rows = self.rows / self.setup.config.train.num_minibatches
-        prompts = rows
-        if self.shape.share_prompts:
-            together = (self.shape.length - self.lengths.prompt) / self.lengths.completion
-            prompts = rows / max(1.0, min(together, self.setup.config.rollout.group_size))
-        return rows * self.lengths.completion + prompts * self.lengths.prompt
-
-    @property
-    def passes(self) -> float:
-        """Passes of a minibatch of mean lengths."""
+    def _work(self) -> Work:
         c, shape = self.setup.config, self.shape
-        longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
-        if self.lengths.prompt + self.lengths.completion == longest:  # all are alike: nothing to combine
-            rows = self.rows / c.train.num_minibatches / (shape.length // longest)
-        else:
-            rows = self.tokens_of_minibatch / shape.length / FILLED
-        return max(1.0, math.ceil(rows / shape.rows_per_pass))
+        (rows_B, *_) = minibatch_rows(self.rows, c.rollout.group_size, c.train.num_minibatches)
+        lengths_B = self.lengths.spread(len(rows_B), c.rollout.max_new_tokens)
+        prompt_lengths_B = np.full(len(rows_B), self.lengths.prompt)
+        groups_B = rows_B // c.rollout.group_size
+        kinds = c.num_kinds
+        places = place(prompt_lengths_B, lengths_B, groups_B, shape, groups_B % kinds, kinds)
+        stands_B = places.owner_B == np.arange(len(rows_B))  # whose prompts are there
+        scored, prompts = float(lengths_B.sum()), float(prompt_lengths_B[stands_B].sum())
+        sequences = (prompt_lengths_B + lengths_B).tolist()
+        return Work(float(places.bounds[-1]), scored + prompts, scored, sequences)
 
-    @property
-    def seen(self) -> KeysSeen:
-        return keys_seen(self.setup.student.config, 0, self.lengths.prompt + self.lengths.completion)
-
-    def _scored_tokens(self) -> float:
-        return self.rows / self.setup.config.train.num_minibatches * self.lengths.completion
+    def _seen(self, config: DecoderConfig) -> KeysSeen:
+        """By the tokens of a minibatch, in the mean."""
+        each = [(n, keys_seen(config, 0, n)) for n in self.work.sequences]
+        total = sum(n for n, _ in each)
+        return KeysSeen(
+            sum(n * seen.full for n, seen in each) / total, sum(n * seen.sliding for n, seen in each) / total
+        )
 
     def _packed_loops(self) -> dict[str, float]:
         """How often the loops over packed rows run."""
-        of_row = self._scored_tokens() / (self.passes * self.shape.rows_per_pass)
+        passes = self.work.passes
+        of_row = self.work.scored / (passes * self.shape.rows_per_pass)
         size = slice_size(
             self.shape.length, self.setup.config.train.head_chunk // (self.shape.rows_per_pass // self.shards)
         )
-        return {"microbatches": self.passes, "head_chunks": math.ceil(of_row / size)}
+        return {"microbatches": passes, "head_chunks": math.ceil(of_row / size)}
 
     def _attention_kernels(self, model: Model) -> dict[str, KernelWork]:
         """Of one layer and pass, on each chip: every block up to the diagonal, whatever lies in it."""
         c, t = model.config, self.shape.length
         rows = self.shape.rows_per_pass / self.shards
-        heads = c.num_heads / self.setup.mesh.shape["tensor"]
+        tensor = self.setup.mesh.shape["tensor"]
+        kv_heads = kv_heads_over(c.num_heads, c.num_kv_heads, tensor)
+        heads, of_keys = c.num_heads, c.num_kv_heads
+        if kv_heads is not None:
+            heads, of_keys = heads // tensor, kv_heads // tensor
         pairs = rows * heads * t * t / 2
         itemsize = model.compute_dtype.itemsize
-        moved = rows * t * c.head_dim * itemsize * (2 * heads + 2 * c.num_kv_heads)
+        moved = rows * t * c.head_dim * itemsize * (2 * heads + 2 * of_keys)
         forward = KernelWork(4 * pairs * c.head_dim, moved)
         # Scores once more, and the products of four gradients.
         backward = KernelWork(10 * pairs * c.head_dim, 3 * moved)
@@ -227,7 +265,9 @@ class RunPrograms:
             abstract_array((p,), jnp.int32, sharding.rows(mesh)),
             abstract_array((p,), jnp.int32, sharding.rows(mesh)),
         )
-        held = self.resident()
+        held = self.besides()
+        if c.rollout.source == "teacher" and self.setup.parks_frozen:
+            held += bytes_on_chip(self.sampled_params)
         yield Planned(
             "prefill",
             ROLLOUT,
@@ -278,30 +318,44 @@ class RunPrograms:
     # ---- Scoring and update
 
     def _score(self, role: str, frozen: FrozenModel) -> Planned:
-        c, model = self.setup.config, frozen.model
+        """Of a teacher or the reference."""
+        c = self.setup.config
         keeps = role != "reference"
         scorer: Any = make_scorer(
-            model,
+            frozen.model,
             self.setup.head,
             self.shape,
             keep_states=keeps and c.teacher_states,
             keep_entropy=keeps and c.kd.teacher_entropy_scale is not None,
         )
+        held = self.besides(FROZEN if frozen.params is self.setup.frozen else role)
+        # What all teachers leave of all minibatches; the last is this program's own result.
+        held += c.train.num_minibatches * self.states
+        if keeps:
+            held -= self.states / len(self.setup.teachers)
+        # Each of several teachers by source has its share of the rows.
+        share = 1 / c.num_kinds if keeps else 1.0
+        return self._scoring(role, frozen.model, scorer, frozen.on_device(), held, share)
+
+    def _score_student(self) -> Planned:
+        """As it is before the first of several updates."""
+        scorer = make_scorer(self.setup.student, self.setup.head, self.shape)
+        held = self.besides(STUDENT, FROZEN) + self.setup.config.train.num_minibatches * self.states
+        return self._scoring(STUDENT, self.setup.student, scorer, self.student_params, held, 1.0)
+
+    def _scoring(
+        self, role: str, model: Model, scorer: Any, params: Params, held: float, share: float
+    ) -> Planned:
         everywhere = sharding.replicated(self.setup.mesh)
         bound = abstract_array((), jnp.int32, everywhere)
         rows = self.minibatch.packs.rows
-        lowered = scorer.lower(
-            frozen.on_device(), rows, abstract_array((), jnp.float32, everywhere), (bound, bound)
-        )
-        # Each of several teachers by source has its share of the rows.
-        share = 1 / c.num_kinds if keeps else 1.0
-        flops = forward_flops(model.config, self.tokens_of_minibatch, self._scored_tokens(), self.seen)
+        flops = forward_flops(model.config, self.work.tokens, self.work.scored, self._seen(model.config))
         return Planned(
             f"score, {role}",
             SCORE,
-            lowered,
-            self.resident(without=frozen),
-            c.train.num_minibatches * share,
+            scorer.lower(params, rows, abstract_array((), jnp.float32, everywhere), (bound, bound)),
+            held,
+            self.setup.config.train.num_minibatches * share,
             Given(loops=self._packed_loops(), kernels=self._attention_kernels(model)),
             flops / self.chips,
         )
@@ -309,18 +363,16 @@ class RunPrograms:
     def _update(self) -> Iterator[Planned]:
         setup, c = self.setup, self.setup.config
         objective = Objective(c, setup.student, setup.head, self.shape)
-        heads = (
-            tuple(abstract_head(t, setup.mesh) for t in setup.teachers.values()) if c.teacher_states else ()
-        )
+        heads = tuple(self.heads.values())
         given = Given(loops=self._packed_loops(), kernels=self._attention_kernels(setup.student))
-        flops = (
-            training_flops(setup.student.config, self.tokens_of_minibatch, self._scored_tokens(), self.seen)
-            / self.chips
-        )
-        if setup.student.holding.lora is not None:
-            flops *= 2 / 3  # the frozen weights get no gradient
-        in_arguments = bytes_on_chip((self.state.params, setup.frozen, self.state.opt_state))
-        held = self.resident(optimizer=True) - in_arguments
+        config, work = setup.student.config, self.work
+        lora = setup.student.holding.lora is not None
+        flops = training_flops(config, work.tokens, work.scored, self._seen(config), frozen_weights=lora)
+        flops /= self.chips
+        held = self.besides(STUDENT, FROZEN, OPTIMIZER, HEADS)
+        if not setup.parks_frozen:
+            held -= bytes_on_chip(self.heads)  # parts of the teachers
+        held += (c.train.num_minibatches - 1) * self.states
         places = jax.tree.map(lambda x: x.sharding, self.state)
         update = jax.jit(
             make_update(objective, setup.optimizer), donate_argnums=0, out_shardings=(places, None)
@@ -342,7 +394,7 @@ class RunPrograms:
                 UPDATE,
                 diagnose.lower(state.step, state.params, setup.frozen, self.minibatch, heads),
                 held + bytes_on_chip(state.opt_state),
-                1 / (c.train.diagnostics_every / c.train.updates_per_iteration),
+                min(1.0, c.train.updates_per_iteration / c.train.diagnostics_every),
                 given,
                 flops,
             )

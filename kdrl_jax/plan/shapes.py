@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_jax.config import Config, ModelConfig
+from kdrl_jax.config.load import RUN_CONFIG
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.families import family_of
-from kdrl_jax.runs import Role, model_of, roles
+from kdrl_jax.runs import Role, model_of, prerequisites, roles
 from kdrl_jax.setup.finder import Finder, choose_tokenizer
 
 
@@ -93,6 +94,8 @@ def model_shapes(config: Config) -> Shapes:
     """
     finder = Finder()
     found = {role: _published(model_of(config, role)) for role in roles(config)}
+    # A model that is trained first is what its own config says.
+    found |= {role: model_shapes(inner).of_role["student"] for role, inner in _untrained(config).items()}
     unknown = [role for role, shape in found.items() if shape is None]
     num_tokens = 0
     if unknown:
@@ -103,6 +106,11 @@ def model_shapes(config: Config) -> Shapes:
         for role, shape in found.items()
     }
     return Shapes(shapes, min(shape.vocab_size for shape in shapes.values()))
+
+
+def _untrained(config: Config) -> dict[Role, Config]:
+    inner = prerequisites(config).items()
+    return {role: c for role, c in inner if not (Path(c.run_dir) / RUN_CONFIG).exists()}
 
 
 def _published(model: ModelConfig) -> DecoderConfig | None:

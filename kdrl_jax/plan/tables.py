@@ -1,53 +1,44 @@
 """A plan as tables for people, and as JSON."""
 
 import dataclasses
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
+from kdrl_jax.plan.chips import Chip
 from kdrl_jax.plan.cost import LEFT_OUT
 from kdrl_jax.plan.fit import ENOUGH, Plan
+from kdrl_jax.plan.measure import Measured
 from kdrl_jax.plan.programs import ROLLOUT, SCORE, UPDATE, Lengths
 from kdrl_jax.plan.walk import KERNEL_SHARE
 
 GIB = 2.0**30
-COLUMNS = (
-    "program",
-    "GiB: given",
-    "temp",
-    "besides",
-    "peak",
-    "of chip",
-    "TFLOP",
-    "GB",
-    "GB sent",
-    "seconds",
-    "runs",
-    "MFU",
-)
+
+
+def program_columns(plan: Plan) -> list[str]:
+    return ["", *(m.name for m in plan.programs)]
 
 
 def program_rows(plan: Plan) -> list[list[str]]:
-    """A row for each program, on each chip."""
-    rows = []
-    for m in plan.programs:
-        sent = sum(c["bytes"] for c in m.collectives)
-        rows.append(
-            [
-                m.name,
-                _number(m.arguments / GIB),
-                _number(m.temporaries / GIB),
-                _number(m.resident / GIB),
-                _number(m.peak / GIB),
-                f"{m.peak / plan.chip.memory:.0%}",
-                _number(m.flops / 1e12),
-                _number(m.bytes / 1e9),
-                _number(sent / 1e9),
-                f"{m.seconds:.3g}",
-                f"{m.runs:.3g}",
-                f"{m.model_flops / plan.chip.flops / m.seconds:.1%}" if m.seconds > 0 else "",
-            ]
-        )
-    return rows
+    """What is known of each program on each chip, a column each."""
+    rows: dict[str, Callable[[Measured], str]] = {
+        "arguments, GiB": lambda m: _number(m.arguments / GIB),
+        "temporaries, GiB": lambda m: _number(m.temporaries / GIB),
+        "besides, GiB": lambda m: _number(m.resident / GIB),
+        "peak, GiB": lambda m: _number(m.peak / GIB),
+        "peak, of the chip": lambda m: share_of_chip(m.peak, plan.chip),
+        "TFLOP": lambda m: _number(m.flops / 1e12),
+        "read and written, GB": lambda m: _number(m.bytes / 1e9),
+        "sent, GB": lambda m: _number(sum(c["bytes"] for c in m.collectives) / 1e9),
+        "seconds": lambda m: _seconds(m.seconds),
+        "the compiler's": lambda m: _seconds(m.compiler_seconds),
+        "runs": lambda m: f"{m.runs:.3g}",
+        "MFU": lambda m: f"{m.model_flops / plan.chip.flops / m.seconds:.1%}" if m.seconds > 0 else "",
+    }
+    return [[label, *map(cell, plan.programs)] for label, cell in rows.items()]
 
 
 def collective_rows(plan: Plan) -> list[list[str]]:
@@ -87,11 +78,18 @@ def summary(plan: Plan, lengths: Lengths) -> list[str]:
     seconds = seconds_of(plan)
     total = sum(seconds.values())
     parts = ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if value)
-    return [
-        f"{plan.topology} ({plan.num_chips} devices): {verdict}: at most {plan.peak / GIB:.2f} of "
-        f"{plan.chip.memory / GIB:.2f} GiB ({plan.peak / plan.chip.memory:.0%}; at most {ENOUGH:.0%} "
+    lines = [
+        f"{plan.topology} ({plan.num_chips} devices): {verdict}: at most {_number(plan.peak / GIB)} of "
+        f"{plan.chip.memory / GIB:.2f} GiB ({share_of_chip(plan.peak, plan.chip)}; at most {ENOUGH:.0%} "
         "should be filled)",
-        f"slots on each device: {plan.slots}; an iteration is estimated at {total:.3g} s ({parts}), with "
+    ]
+    slots = f"slots on each device: {plan.slots}"
+    if not math.isfinite(total):
+        refused = ", ".join(m.name for m in plan.programs if not math.isfinite(m.seconds))
+        return [*lines, f"{slots}; no time is estimated, since the compiler refuses {refused}"]
+    return [
+        *lines,
+        f"{slots}; an iteration is estimated at {total:.3g} s ({parts}), with "
         f"prompts of {lengths.prompt} and completions of {lengths.completion} tokens in the mean",
         f"the update's model-FLOPs utilisation is estimated at {update_utilisation(plan):.1%}",
     ]
@@ -109,11 +107,11 @@ def comparison_rows(plans: Sequence[Plan]) -> list[list[str]]:
                 plan.topology,
                 str(plan.num_chips),
                 "yes" if plan.fits else "no",
-                f"{plan.peak / GIB:.2f} of {plan.chip.memory / GIB:.2f}",
+                f"{_number(plan.peak / GIB)} of {plan.chip.memory / GIB:.2f}",
                 str(plan.slots),
-                *(f"{seconds[phase]:.3g}" for phase in (ROLLOUT, SCORE, UPDATE)),
-                f"{sum(seconds.values()):.3g}",
-                f"{update_utilisation(plan):.1%}",
+                *(_seconds(seconds[phase]) for phase in (ROLLOUT, SCORE, UPDATE)),
+                _seconds(sum(seconds.values())),
+                "" if math.isnan(update_utilisation(plan)) else f"{update_utilisation(plan):.1%}",
             ]
         )
     return rows
@@ -137,8 +135,10 @@ COMPARISON = (
 
 def footnotes() -> list[str]:
     return [
-        "All of it is compiled, nothing was run: sizes are the compiler's, times are estimates. Given: "
-        "arguments. Besides: what else lives there. GB: from and to the main memory. Runs: in an iteration.",
+        "All of it is compiled, nothing was run: sizes are the compiler's, times are estimates. Besides: "
+        "what else lives there. Read and written: of the main memory. The compiler's: the seconds if all "
+        "that it estimates took so long. Runs: in an iteration; its completions are spread evenly "
+        "about their mean.",
         "Utilisation (MFU): model FLOPs (2 for each parameter a token meets and 4 N H for each key it sees, "
         "three times that with gradients; nothing computed again; PaLM, arXiv 2204.02311, appendix B, with "
         "causal attention counted as it is) over the chip's peak in bfloat16 and the estimated seconds.",
@@ -153,7 +153,12 @@ def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plans: Sequence[Plan]) -> str:
+    """All that is known of each; null for what the compiler did not say."""
+    return json.dumps([_finite(_as_dict(plan)) for plan in plans], indent=1, allow_nan=False)
+
+
+def _as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "topology": plan.topology,
         "chip": dataclasses.asdict(plan.chip),
@@ -168,5 +173,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _finite(tree: Any) -> Any:
+    return jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, tree)
+
+
+def share_of_chip(size: float, chip: Chip) -> str:
+    return f"{size / chip.memory:.0%}" if math.isfinite(size) else "> 100%"
+
+
 def _number(x: float) -> str:
-    return f"{x:.4g}" if x >= 100 else f"{x:.2f}"
+    """Nothing for what the compiler did not say."""
+    if math.isinf(x):
+        return "too much"
+    return "" if math.isnan(x) else f"{x:.4g}" if x >= 100 else f"{x:.2f}"
+
+
+def _seconds(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:.3g}"

@@ -19,15 +19,15 @@ MOST_ON_CPU = 32
 """Over the devices that a host's CPU is taken apart into: more buy little, and the last ones to end leave
 more of them idle."""
 _UNKNOWN = 1 << 50
-_SHARE = 0.9
-"""Of the free memory: the rest is for what the compiler and the allocator need."""
+SHARE = 0.9
+"""Of a device's memory that is filled: the rest is for what the compiler and the allocator need."""
 
 
 def choose_slots(config: DecoderConfig, settings: EngineSettings, mesh: Mesh, free: int | None = None) -> int:
     """Slots of each shard: those of the settings, or as many as its rows, the memory and the platform say.
 
     Args:
-        free: bytes on each device; None asks the devices.
+        free: bytes on each device that may be filled; None asks the devices.
 
     Raises:
         ValueError: one line with the numbers, when those asked for, or even one, do not fit.
@@ -36,17 +36,18 @@ def choose_slots(config: DecoderConfig, settings: EngineSettings, mesh: Mesh, fr
     platform = mesh.devices.flat[0].platform
     fixed, each = _needs(config, settings, mesh)
     free = _free_bytes(mesh) if free is None else free
-    fits = max(int(_SHARE * free) - fixed, 0) // each
+    fits = max(free - fixed, 0) // each
     wanted = settings.slots or rows
     if platform == "cpu" and not settings.slots:
         wanted = max(MOST_ON_CPU // len(_local(mesh)), 1)
     wanted = min(wanted, rows)
     if fits < (wanted if settings.slots else 1):
         asked = f"rollout.slots_per_device={settings.slots}" if settings.slots else "one slot"
+        lower = "Lower rollout.slots_per_device," if settings.slots else "Lower"
         raise ValueError(
             f"sampling needs {_size(fixed)} on each device for prompts and workspace, and {_size(each)} "
             f"for each slot of {cache_length(settings)} positions in {settings.cache_dtype}; {_size(free)} "
-            f"are free, and {asked} does not fit. Lower rollout.max_new_tokens, data.max_prompt_tokens or "
+            f"are free, and {asked} does not fit. {lower} rollout.max_new_tokens, data.max_prompt_tokens or "
             "train.prompts_per_iteration, use rollout.cache_dtype=int8, or give devices to mesh.tensor"
         )
     if settings.slots or fits >= wanted:
@@ -85,14 +86,14 @@ def _local(mesh: Mesh) -> list[jax.Device]:
 
 
 def _free_bytes(mesh: Mesh) -> int:
-    """Of the device of the mesh that has least, on any host."""
+    """That may be filled yet, of the device of the mesh that has least, on any host."""
     local = _local(mesh)
     if local[0].platform == "cpu":
-        least = _host_bytes() // len(local)
+        least = int(SHARE * _host_bytes()) // len(local)
     else:
         stats = [d.memory_stats() or {} for d in local]
         # A device that does not tell is taken at the user's word.
-        least = min(s.get("bytes_limit", _UNKNOWN) - s.get("bytes_in_use", 0) for s in stats)
+        least = min(int(SHARE * s.get("bytes_limit", _UNKNOWN)) - s.get("bytes_in_use", 0) for s in stats)
     if jax.process_count() > 1:
         least = int(np.min(multihost_utils.process_allgather(np.int64(least))))
     return least

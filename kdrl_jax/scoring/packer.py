@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from kdrl_jax import sharding
 from kdrl_jax.config import Config
-from kdrl_jax.models.attend import row_attention
+from kdrl_jax.models.attend import RowAttention, row_attention
 from kdrl_jax.scoring.packing import PackShape, passes_needed, place
 from kdrl_jax.scoring.packs import Packs, pack
 from kdrl_jax.types import Rollouts
@@ -37,6 +37,7 @@ def pack_shape(
     num_rows: int,
     longest: int,
     mesh: Mesh,
+    attention: RowAttention,
     *,
     length: int | None = None,
     rows_per_pass: int | None = None,
@@ -47,6 +48,7 @@ def pack_shape(
 
     Args:
         longest: a prompt and its completion.
+        attention: of the models that take the rows.
         length: of a packed row; None is chosen.
         rows_per_pass: over all devices; None is one a device.
     """
@@ -54,8 +56,7 @@ def pack_shape(
     if length is None:
         of_device = -(-num_rows // shards)
         count = max(1, min(POSITIONS // longest, of_device // ROWS_OF_A_DEVICE))
-        # Whole tiles of a TPU, and slices of the vocabulary head that divide the row.
-        tile = 8 if longest < 128 and mesh.devices.flat[0].platform != "tpu" else 128
+        tile = attention.tile(count * longest)
         length = -(-count * longest // tile) * tile
     rows_per_pass = rows_per_pass or shards
     needed = passes_needed(num_rows, longest, length, rows_per_pass, num_kinds)
@@ -71,7 +72,8 @@ def config_pack_shape(config: Config, mesh: Mesh) -> PackShape:
     c, t = config, config.train
     num_rows = c.groups_per_batch * c.rollout.group_size // t.num_minibatches
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
-    takes_prefixes = row_attention(t.attention, mesh).takes_prefixes
+    attention = row_attention(t.attention, mesh)
+    takes_prefixes = attention.takes_prefixes
     if t.share_prompts == "always" and not takes_prefixes:
         raise ValueError(
             f"train.share_prompts=always, but train.attention={t.attention} is splash here, which sees one "
@@ -81,6 +83,7 @@ def config_pack_shape(config: Config, mesh: Mesh) -> PackShape:
         num_rows,
         longest,
         mesh,
+        attention,
         length=t.pack_length,
         rows_per_pass=t.microbatch_rows,
         share_prompts=takes_prefixes if t.share_prompts == "auto" else t.share_prompts == "always",

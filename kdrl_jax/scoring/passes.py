@@ -102,8 +102,13 @@ def run(one_pass: Pass, operands: Operands, settings: HeadSettings) -> Pieces:
     if shards == 1 or operands.targets.shape[0] % shards:
         return _in_slices(one_pass, operands, settings.chunk)
 
+    def longest(counts_B: jax.Array) -> jax.Array:
+        most = jnp.max(counts_B)
+        # With `tensor`, devices talk in the loop: all of them run it as often.
+        return most if mesh.shape["tensor"] == 1 else jax.lax.pmax(most, ROWS)
+
     def on_device(operands: Operands) -> Pieces:
-        pieces = _in_slices(one_pass, operands, settings.chunk)
+        pieces = _in_slices(one_pass, operands, settings.chunk, longest)
         sums = jax.lax.psum(pieces.sums, ROWS)
         # Summed outside: in here, where the compiler has the vocabulary, it would gather all of it first.
         of_each = jax.tree.map(lambda x: x[None], pieces.kernel_gradient)
@@ -144,8 +149,14 @@ def _summed(of_each: jax.Array, dims: str, mesh: AbstractMesh) -> jax.Array:
     )
 
 
-def _in_slices(one_pass: Pass, operands: Operands, chunk: int) -> Pieces:
-    """`one_pass` over the tokens of these rows, at most `chunk` of them at a time (but one of each row)."""
+def _in_slices(
+    one_pass: Pass, operands: Operands, chunk: int, longest: Callable[[jax.Array], jax.Array] = jnp.max
+) -> Pieces:
+    """`one_pass` over the tokens of these rows, at most `chunk` of them at a time (but one of each row).
+
+    Args:
+        longest: of counts, the one that decides how often the loop runs.
+    """
     b, n = operands.targets.shape
     size = slice_size(n, chunk // b)
     if size == n:
@@ -171,7 +182,7 @@ def _in_slices(one_pass: Pass, operands: Operands, chunk: int) -> Pieces:
     total = Pieces(zeros(of_slice.sums), zeros(of_slice.kernel_gradient), joined)
     slices: jax.Array | int = n // size
     if operands.counts_B is not None:
-        slices = (jnp.max(operands.counts_B) + size - 1) // size
+        slices = (longest(operands.counts_B) + size - 1) // size
     with jax.named_scope("head_chunks"):
         return jax.lax.fori_loop(0, slices, step, total)
 
