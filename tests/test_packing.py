@@ -140,6 +140,16 @@ def test_minibatches_have_whole_groups_where_they_divide():
     assert [list(rows) for rows in minibatch_rows(6, 2, 2)] == [[0, 2, 4], [1, 3, 5]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "longest", "tile"),
+    [("blockwise", 100, 8), ("blockwise", 576, 128), ("splash", 100, 128), ("splash", 1152, 512)],
+)
+def test_rows_divide_into_the_blocks_of_their_attention(kind, longest, tile):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    length = pack_shape(4, longest, mesh, RowAttention(kind)).length
+    assert (length % tile, length - longest < tile) == (0, True)
+
+
 def test_teachers_with_rows_of_their_own_have_room():
     """Each may leave a row and a pass unfilled."""
     tree = {

@@ -10,11 +10,11 @@ from jax.sharding import Mesh, PartitionSpec
 from kdrl_jax.models.attention import ScoreRules, full_attention
 from kdrl_jax.models.blockwise import blockwise_attention
 from kdrl_jax.models.layout import Layout
-from kdrl_jax.models.splash import splash_attention
+from kdrl_jax.models.splash import BLOCKS, splash_attention
 from kdrl_jax.sharding import ROWS
 
-ROW_TILE = 128
-"""Positions; the least block of the TPU kernel."""
+ROW_TILE = BLOCKS[-1]
+"""Positions: the least block of the TPU kernel, as `train.pack_length` is checked for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ LEFT_OUT = (
     "evaluation",
     "networks between slices, and between hosts outside of a slice's own",
     "vector work that takes longer than the memory, such as exponentials of what stays in the vector memory",
-    "kernels that reach more or less of the peak than KERNEL_SHARE",
+    "kernels that reach another share of the peak",
     "collectives that another one holds up on a link it shares",
     "loops whose count is known at run time only, beyond once, unless the caller gives it",
 )

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ class Plan:
     programs: list[Measured]
     problem: str | None = None
     """What keeps it from being compiled at all."""
+    lowering_seconds: float = 0.0
+    """That tracing and lowering took here."""
+
+    @property
+    def compile_seconds(self) -> float:
+        """That compiling took here, but for tables that were kept."""
+        return sum(m.compile_seconds for m in self.programs)
 
     @property
     def peak(self) -> float:
@@ -93,14 +101,17 @@ class Planner:
             return dataclasses.replace(none, problem=str(error))
         found = dataclasses.replace(none, slots=run.slots)
         rest = [phase for phase in (ROLLOUT, SCORE, UPDATE) if phase not in (first or ())]
+        lowering, start = 0.0, time.perf_counter()
         for planned in itertools.chain(run.lower(first or ()), run.lower(rest)):
+            lowering += time.perf_counter() - start
             if self.should_stop():
                 raise Stopped
             self.say(f"{self.topology}: compiling {planned.name}")
             found.programs.append(measure(planned, self.chip, self.topology, self.kept, self.flags))
             if first is not None and not found.fits:
                 break
-        return found
+            start = time.perf_counter()
+        return dataclasses.replace(found, lowering_seconds=lowering)
 
     def remedies(self, config: Config, plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
         """Changes of settings, tried one after another; then together those that freed memory, or moved the

@@ -331,8 +331,8 @@ class RunPrograms:
         held = self.besides(FROZEN if frozen.params is self.setup.frozen else role)
         # What all teachers leave of all minibatches; the last is this program's own result.
         held += c.train.num_minibatches * self.states
-        if keeps:
-            held -= self.states / len(self.setup.teachers)
+        if keeps and self.minibatch.teacher is not None:
+            held -= bytes_on_chip(self.minibatch.teacher.states[list(self.setup.teachers).index(role)])
         # Each of several teachers by source has its share of the rows.
         share = 1 / c.num_kinds if keeps else 1.0
         return self._scoring(role, frozen.model, scorer, frozen.on_device(), held, share)

@@ -83,15 +83,20 @@ def summary(plan: Plan, lengths: Lengths) -> list[str]:
         f"{plan.chip.memory / GIB:.2f} GiB ({share_of_chip(plan.peak, plan.chip)}; at most {ENOUGH:.0%} "
         "should be filled)",
     ]
+    took = (
+        f"traced and lowered in {plan.lowering_seconds:.3g} s, compiled in {plan.compile_seconds:.3g} s, but "
+        "for tables kept from before"
+    )
     slots = f"slots on each device: {plan.slots}"
     if not math.isfinite(total):
         refused = ", ".join(m.name for m in plan.programs if not math.isfinite(m.seconds))
-        return [*lines, f"{slots}; no time is estimated, since the compiler refuses {refused}"]
+        return [*lines, f"{slots}; no time is estimated, since the compiler refuses {refused}", took]
     return [
         *lines,
         f"{slots}; an iteration is estimated at {total:.3g} s ({parts}), with "
         f"prompts of {lengths.prompt} and completions of {lengths.completion} tokens in the mean",
         f"the update's model-FLOPs utilisation is estimated at {update_utilisation(plan):.1%}",
+        took,
     ]
 
 
@@ -168,6 +173,8 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak,
         "slots": plan.slots,
         "seconds": seconds_of(plan),
+        "lowering_seconds": plan.lowering_seconds,
+        "compile_seconds": plan.compile_seconds,
         "update_utilisation": update_utilisation(plan),
         "programs": [dataclasses.asdict(m) for m in plan.programs],
     }
