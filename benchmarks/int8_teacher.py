@@ -8,17 +8,16 @@ random ids (as the self-check measures), on GSM8K's questions with their written
 model's own greedy answers to them.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.config import load_config
 from kdrl_jax.data.prompts import encode_completion, load_eval_prompts
-from kdrl_jax.evaluate import make_agreement
+from kdrl_jax.evaluate import Agreement
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.self_check import MAX_POSITIONS
@@ -47,6 +46,7 @@ def written_answers(setup: Setup, prompts: Prompts) -> Rollouts:
         max_new_tokens=setup.config.rollout.max_new_tokens,
         end_ids=t.end_ids,
         pad_id=t.pad_id,
+        share=hosts.share(setup.mesh, len(prompts.questions)),
         mesh=setup.mesh,
     )
 
@@ -67,6 +67,7 @@ def main() -> None:
     prompts, _ = load_eval_prompts(
         config.data, setup.tokenizer, chat_template=config.tokenizer.chat_template, num_prompts=num
     )
+    sums = Agreement(setup.head, setup.student, setup.teacher.model, setup.mesh)
     print(f"| rows, computed in {dtype} | tokens | KL(float, int8) | same top token |")
     print("| --- | --- | --- | --- |")
     for name, rollouts in (
@@ -74,9 +75,6 @@ def main() -> None:
         ("written answers", written_answers(setup, prompts)),
         ("own greedy answers", greedy_answers(setup, params, prompts)),
     ):
-        length = rollouts.tokens_BT.shape[1]
-        head = dataclasses.replace(setup.head, max_new_tokens=min(setup.head.max_new_tokens, length - 1))
-        sums = make_agreement(head, setup.student, setup.teacher.model)
         kl, top, count = (float(x) for x in sums(params, setup.teacher.params, rollouts, num))
         print(f"| {name} | {int(count)} | {kl / count:.5f} | {top / count:.4f} |", flush=True)
 

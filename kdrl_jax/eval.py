@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kdrl_jax import hosts
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config
 from kdrl_jax.evaluate import Evaluator, Results
@@ -28,6 +29,7 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
     """
     if not config.data.eval:
         raise ValueError("data.eval names no source; add held-out questions to evaluate on")
+    should_stop = hosts.agreed(should_stop)
     setup = make_setup(config)
     for line in setup.notes:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -66,7 +68,7 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
             console.print("stopped; nothing was written")
             return False
     console.print(_table(results, step))
-    if is_run:
+    if is_run and hosts.is_first():
         write_json(Path(config.run_dir) / "eval" / "eval.json", {"step": step} | results)
     return True
 

@@ -1,7 +1,6 @@
 """Held-out accuracy, and agreement of student and teacher on the teacher's own greedy answers."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kdrl_jax import hosts
 from kdrl_jax.config import Config, EvalConfig
 from kdrl_jax.data.prompts import load_eval_prompts
 from kdrl_jax.data.tokenizer import Tokenizer
-from kdrl_jax.metrics import repeated_ngram_frac
+from kdrl_jax.metrics import repeated_ngrams, share_of
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.rewards.pool import RewardPool, is_correct
 from kdrl_jax.rollout.engine import Engine, Stopped
@@ -143,27 +143,33 @@ class Evaluator:
         should_stop: Callable[[], bool] | None,
     ) -> Results:
         engine = self._engine(model, greedy=name == "greedy", num_samples=num_samples)
-        correct: list[bool] = []
-        errors = 0
-        ids: list[np.ndarray] = []
-        ended: list[bool] = []
+        counts = np.zeros(7, np.int32)
+        share = hosts.share(self._mesh, engine.settings.num_prompts).repeated(num_samples)
         for rollouts, prompts in self._generate(engine, params, on_step, name, should_stop):
-            real = completion_ids(rollouts)[: len(prompts.questions) * num_samples]
-            repeat = functools.partial(np.repeat, repeats=num_samples)
+            # The batch's own rows come first; each process verifies those that it answers for.
+            mine = np.flatnonzero(share.owned & (share.held < len(prompts.questions) * num_samples))
+            ids, ended = completion_ids(rollouts), hosts.held(rollouts.ended_B)
+            asked = share.held[mine] // num_samples
             scored = self._pool.score(
-                list(repeat(np.array(prompts.questions, object))),
-                [self._tokenizer.decode(c.tolist()) for c in real],
-                list(repeat(np.array(prompts.answers, object))),
+                [prompts.questions[i] for i in asked],
+                [self._tokenizer.decode(ids[i].tolist()) for i in mine],
+                [prompts.answers[i] for i in asked],
             )
-            correct += [is_correct(s, self._config.reward.verifier) for s in scored]
-            errors += sum(s.error is not None for s in scored)
-            ids += real
-            ended += [bool(x) for x in np.asarray(rollouts.ended_B)[: len(real)]]
+            verifier = self._config.reward.verifier
+            counts += [
+                len(mine),
+                sum(is_correct(s, verifier) for s in scored),
+                sum(s.error is not None for s in scored),
+                sum(len(ids[i]) for i in mine),
+                int(np.sum(ended[mine])),
+                *repeated_ngrams([ids[i] for i in mine]),
+            ]
+        num, correct, errors, length, num_ended, *repeats = hosts.total(counts).tolist()
         return {
-            f"{name}/accuracy": float(np.mean(correct)),
-            f"{name}/length_mean": float(np.mean([len(c) for c in ids])),
-            f"{name}/truncated_frac": 1.0 - float(np.mean(ended)),
-            f"{name}/repeated_4gram_frac": repeated_ngram_frac(ids),
+            f"{name}/accuracy": correct / num,
+            f"{name}/length_mean": length / num,
+            f"{name}/truncated_frac": 1.0 - num_ended / num,
+            f"{name}/repeated_4gram_frac": share_of(*repeats),
             f"{name}/verifier_errors": errors,
         }
 
@@ -195,9 +201,10 @@ class Evaluator:
                 raise Stopped
             rows = np.arange(start, min(start + size, total))
             filled = np.concatenate([rows, np.zeros(size - len(rows), rows.dtype)])
+            share = hosts.share(self._mesh, size)
             rollouts = engine.generate(
                 params,
-                take(self.prompts, filled),
+                take(self.prompts, filled[share.held]),
                 key,
                 temperature=self._config.eval.temperature,
                 should_stop=should_stop,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
@@ -150,7 +150,7 @@ class FrozenScorer:
             weights_RK = np.tile(share / share.sum(), (len(minibatch.kind_R), 1))
         else:
             weights_RK = np.eye(len(self._teachers), dtype=np.float32)[minibatch.kind_R]
-        return jax.device_put(weights_RK, sharding.rows(self._mesh))
+        return hosts.spread(weights_RK, sharding.rows(self._mesh))
 
 
 def in_rows(rollouts: Rollouts, minibatches: Sequence[Packed], values_RN: Sequence[jax.Array]) -> jax.Array:

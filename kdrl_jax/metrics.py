@@ -79,23 +79,28 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def repeated_ngram_frac(completions: Sequence[np.ndarray], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same completion, over all completions (0 to 1)."""
+def repeated_ngrams(completions: Sequence[np.ndarray], n: int = 4) -> tuple[int, int]:
+    """Of all completions, the n-grams that occurred before in the same one, and all n-grams."""
     repeated = total = 0
     for ids in completions:
         if len(ids) >= n:
             grams = np.lib.stride_tricks.sliding_window_view(ids, n)
             total += len(grams)
             repeated += len(grams) - len(np.unique(grams, axis=0))
-    return repeated / total if total else 0.0
+    return repeated, total
 
 
-def completion_metrics(completions: Sequence[np.ndarray], ended: np.ndarray) -> Metrics:
-    """Lengths, truncation and repetition of an iteration's completions (token ids each)."""
+def share_of(part: Any, total: Any) -> float:
+    """part / total, and 0 of nothing."""
+    return float(part) / float(total) if total else 0.0
+
+
+def completion_metrics(lengths: np.ndarray, ended: np.ndarray, repeats: Sequence[int]) -> Metrics:
+    """Lengths, truncation and repetition (`repeated_ngrams`) of an iteration's completions."""
     return {
-        "completion/length_mean": float(np.mean([len(ids) for ids in completions])),
+        "completion/length_mean": float(np.mean(lengths)),
         "completion/truncated_frac": 1.0 - float(np.mean(ended)),
-        "completion/repeated_4gram_frac": repeated_ngram_frac(completions),
+        "completion/repeated_4gram_frac": share_of(*repeats),
     }
 
 

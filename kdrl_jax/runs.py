@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from kdrl_jax import hosts
 from kdrl_jax.config import Config, ModelConfig, differences, load_config, load_run_config
 from kdrl_jax.metrics import read_json
 
@@ -64,12 +67,36 @@ def check_same_run(config: Config) -> None:
         return
     before = load_run_config(config.run_dir).model_dump(mode="json")
     now = config.model_dump(mode="json")
-    for settings in (before, now):  # what changes nothing of a run
+    for settings in (before, now):  # what changes nothing of a run but its rounding
         settings["log"] |= {"dir": None, "profile_steps": None}
-        settings["plan"] = settings["cache_dir"] = None
+        settings["plan"] = settings["cache_dir"] = settings["mesh"] = None
     changed = [f"{key} was {a}, is {b}" for key, a, b in differences(before, now)]
     if changed:
         raise ValueError(
             f"{config.run_dir} was started with other settings ({'; '.join(changed[:5])}); choose another "
             f"log.dir, delete it, or go on with it by --config {config.run_dir} section.key=value"
+        )
+
+
+def check_shared(run_dir: Path) -> None:
+    """Makes the directory of a run, which all hosts of a job must see: each writes its part of a checkpoint.
+
+    Raises:
+        ValueError: some do not see what the first one has written.
+    """
+    if hosts.is_first():
+        run_dir.mkdir(parents=True, exist_ok=True)
+    if hosts.num_processes() == 1:
+        return
+    mark = run_dir / ".shared"
+    if hosts.is_first():
+        mark.write_text("")
+    hosts.wait_for_all("shared run directory: written")
+    blind, num = int(hosts.total(np.array(not mark.exists()))), hosts.num_processes()
+    if hosts.is_first():
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"log.dir={run_dir} is not one folder to all hosts ({blind} of {num} do not see it); give a "
+            "bucket (gs://BUCKET/RUN) or a shared file system"
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
@@ -114,16 +114,14 @@ def self_divergence(
     num = 2 * shards
     tokens = rng.integers(0, head.num_tokens, (num, length))
     starts = rng.integers(1, length // 2 + 1, num)
-    rollouts = jax.device_put(
-        Rollouts(
-            tokens_BT=jnp.asarray(tokens, jnp.int32),
-            prompt_lengths_B=jnp.asarray(starts, jnp.int32),
-            completion_lengths_B=jnp.asarray(length - starts, jnp.int32),
-            ended_B=jnp.ones(num, bool),
-            sampler_logprobs_BT=jnp.zeros((num, length)),
-        ),
-        sharding.rows(mesh),
+    arrays = (
+        tokens.astype(np.int32),
+        starts.astype(np.int32),
+        (length - starts).astype(np.int32),
+        np.ones(num, bool),
+        np.zeros((num, length), np.float32),
     )
+    rollouts = Rollouts(*(hosts.spread(x, sharding.rows(mesh)) for x in arrays))
     shape = pack_shape(num, length, mesh, student.attention)
     (packed,) = pack_rollouts(rollouts, 1, shape, mesh)
     score_teacher = make_scorer(teacher.model, head, shape, keep_states=True)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from kdrl_jax import hosts
 from kdrl_jax.batch import make_batch_builder, take_rows
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, save_config
@@ -41,7 +42,7 @@ from kdrl_jax.rounds import (
     sample_rows,
     wants_another,
 )
-from kdrl_jax.runs import check_same_run, is_complete, prerequisites
+from kdrl_jax.runs import check_same_run, check_shared, is_complete, prerequisites
 from kdrl_jax.scoring.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
@@ -62,7 +63,7 @@ def train(
     """Trains a run, or resumes it from its newest checkpoint; first the runs its models come from.
 
     Args:
-        should_stop: asked often; when it says so, the state is saved and the function returns.
+        should_stop: asked often; when it says so on any host, the state is saved and the function returns.
         resume: the config is the run directory's own, with changes its user asked for. Otherwise a
             directory that was started with other settings is refused.
         within: the run that this one is trained for, and that a user resumes.
@@ -81,14 +82,14 @@ def train(
     needed = list(prerequisites(config).values())
     for inner in [*needed, config]:
         check_mesh(inner)
-    if needed and not all(map(is_complete, needed)):
+    if needed and hosts.is_first() and not all(map(is_complete, needed)):
         # What was asked for is written first, so that this directory can be resumed from now on.
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         save_config(config, config.run_dir)
     for inner in needed:
         if not train(inner, console, should_stop, within=within or config.run_dir):
             return False
-    if is_complete(config):
+    if hosts.of_first(is_complete(config)):
         return True
     setup = make_setup(config)
     with Run(setup, Path(config.run_dir), console, should_stop, within or config.run_dir) as run:
@@ -102,7 +103,8 @@ class Run:
         self, setup: Setup, run_dir: Path, console: Console, should_stop: ShouldStop, resume_dir: str
     ):
         c = setup.config
-        self.setup, self.config, self.run_dir, self.should_stop = setup, c, run_dir, should_stop
+        self.setup, self.config, self.run_dir = setup, c, run_dir
+        self.should_stop = should_stop = hosts.agreed(should_stop)
         self.resume_dir = resume_dir
         self.data = self._open_data()
         names = [c.reward.verifier, *c.reward.shaping]
@@ -126,11 +128,14 @@ class Run:
         self._compile()
         # Settings and data have been looked at; only now is anything written, and the config only
         # once the checkpoint (if any) fits it.
+        check_shared(run_dir)
         self.checkpoints = Checkpoints(run_dir, keep=c.checkpoint.keep, write=True)
         self.state, self.last_eval = self._start()
-        save_config(c, run_dir)
+        self.writer: MetricsWriter | None = None
+        if hosts.is_first():
+            save_config(c, run_dir)
+            self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
         record_base(c)
-        self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
         self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
         self.compiles = Compiles()
         self.profiler = Profiler(run_dir / "profile", c.log.profile_steps)
@@ -144,6 +149,7 @@ class Run:
             prompts_per_iteration=c.train.prompts_per_iteration,
             seed=c.seed,
             needs_completion=c.rollout.source == "dataset",
+            rows=hosts.share(self.setup.mesh, c.train.prompts_per_iteration).held,
         )
 
     def _engine(self) -> Engine:
@@ -191,7 +197,8 @@ class Run:
         self.reporter.__exit__(*error)
         self.profiler.close()
         self.compiles.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
         self.pool.close()
         self.checkpoints.close()
 
@@ -234,7 +241,8 @@ class Run:
             )
             return False
         self.save(position)
-        write_json(self.run_dir / "done.json", {"step": int(self.state.step)})
+        if hosts.is_first():
+            write_json(self.run_dir / "done.json", {"step": int(self.state.step)})
         return True
 
     def save(self, position: dict[str, Any]) -> None:
@@ -269,7 +277,7 @@ class Run:
             clock.lap("time/update")
             # Time and throughput belong to the iteration; they are written with its last step.
             last = number == c.train.updates_per_iteration - 1
-            num_tokens = sum(len(ids) for r in rounds for ids in r.ids)
+            num_tokens = sum(int(r.lengths_B.sum()) for r in rounds)
             of_iteration = clock.summary(num_tokens) | {"time/compiles": self.compiles.take()} if last else {}
             self.write(metrics | shared | of_iteration)
         self.state = self.setup.park(self.state)
@@ -362,7 +370,8 @@ class Run:
         return metrics
 
     def write(self, metrics: Metrics) -> None:
-        self.writer.write(metrics)
+        if self.writer is not None:
+            self.writer.write(metrics)
         # A step is shown once it is done, so that the bar ends at the last one.
         self.reporter.step(metrics | {"step": metrics["step"] + 1})
 
@@ -372,7 +381,8 @@ class Run:
         first = step - c.train.updates_per_iteration
         every = c.log.rollouts_every
         last = step >= c.train.num_steps
-        if sampled.scored is None or not every or not (last or _crossed(first, step, every) or first == 0):
+        due = every and (last or _crossed(first, step, every) or first == 0)
+        if sampled.scored is None or not due or not hosts.is_first():
             return
         rows = sample_rows(c, sampled, first, self.setup.tokenizer.end_ids)
         write_jsonl(self.run_dir / "rollouts" / f"step_{first:06d}.jsonl", rows)
@@ -387,15 +397,19 @@ class Run:
             return
         for role, teacher in self.setup.teachers.items():
             file = self.run_dir / "eval" / f"{role}.json"
-            if not file.exists():
-                write_json(file, self.accuracy(role, teacher.model, teacher.on_device()))
+            if not hosts.of_first(file.exists()):
+                self.write_eval(file, self.accuracy(role, teacher.model, teacher.on_device()))
         results = self.accuracy("student", self.setup.student, self.student_params)
         if c.eval.agreement:
             self.reporter.stage("comparing with the teacher")
             results |= self.evaluator.agreement(self.student_params, should_stop=self.should_stop)
-        write_json(self.run_dir / "eval" / f"step_{step:06d}.json", {"step": step} | results)
+        self.write_eval(self.run_dir / "eval" / f"step_{step:06d}.json", {"step": step} | results)
         self.last_eval = step
         self.reporter.note(f"step {step} evaluated: {summary_line(results)}")
+
+    def write_eval(self, file: Path, results: Results) -> None:
+        if hosts.is_first():
+            write_json(file, results)
 
     def accuracy(self, who: str, model: Any, params: Any) -> Results:
         assert self.evaluator is not None

@@ -18,7 +18,7 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Questions of one iteration, on the host."""
+    """Questions of one iteration, on the host that holds their rows."""
 
     tokens_PT: np.ndarray
     """int32 [P, max_prompt_tokens], right-padded."""

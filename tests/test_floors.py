@@ -22,6 +22,7 @@ FLOORS = {
     "objective": 1,
     "sharding": 1,
     "data": 2,  # tokenizers, chat templates, tasks and sources
+    "hosts": 2,
     "metrics": 2,
     "models": 2,
     "optim": 2,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from packed import score_rollouts
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.config import MeshConfig
 from kdrl_jax.models.decoder import DecoderConfig, make_model
 from kdrl_jax.models.head import head_logits
@@ -337,7 +337,10 @@ def test_too_many_candidates_are_refused():
 
 def test_completions_of_a_dataset_are_laid_out_like_sampled_ones():
     given = [[5, 6, 1], list(range(3, 30))]
-    r = from_completions(prompts(slice(0, 2)), given, max_new_tokens=20, end_ids=ENDS, pad_id=0, mesh=MESH)
+    both = hosts.share(MESH, 2)
+    r = from_completions(
+        prompts(slice(0, 2)), given, max_new_tokens=20, end_ids=ENDS, pad_id=0, share=both, mesh=MESH
+    )
     assert r.completion_lengths_B.tolist() == [3, 20]
     assert r.ended_B.tolist() == [True, False]  # too long: cut, and counted as truncated
     assert r.tokens_BT[0, 1:5].tolist() == [5, 6, 1, 0]

@@ -131,10 +131,13 @@ class MeshConfig(Section):
     data: Int = 1
     fsdp: Int = -1
     tensor: Int = 1
+    host_timeout_s: Annotated[float, Field(strict=True, ge=5)] = 60.0
+    """In a job of several hosts, the seconds after which one that is not heard from has failed, which ends
+    the job on all of them. One that ends is noticed at once."""
     cpu_devices: Positive | None = None
-    """Devices that a CPU is taken apart into, best one per core: each samples and trains on its own rows,
-    which uses the cores better than products shared between them: sampling on two cores is 1.45 times as
-    fast (`benchmarks/rollout.py`). null: what JAX makes of it, one. Nothing to TPUs and GPUs."""
+    """Devices that each host's CPU is taken apart into, best one per core: each samples and trains on its own
+    rows, which uses the cores better than products shared between them: sampling on two cores is 1.45 times
+    as fast (`benchmarks/rollout.py`). null: what JAX makes of it, one. Nothing to TPUs and GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":

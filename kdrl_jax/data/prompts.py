@@ -1,12 +1,14 @@
 """The prompt pipeline: sources -> shuffled, repeated, mixed -> batches of tokenised prompts.
 
-Every draw follows from (seed, position) alone, and a position in the stream is one number: a resumed run
-draws what the uninterrupted one would have drawn. All work is done in this process, which is enough for
-question sets: they fit in memory or are made up as they are drawn.
+Every row follows from (seed, position) alone, and a position in the stream is one number: a resumed run
+draws what the uninterrupted one would have drawn, and each process of a job only its own rows of every
+batch, on however many hosts. Question sets fit in memory or are made up as they are drawn, so that no
+worker processes are needed.
 """
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,15 +61,15 @@ class _Encoder:
             raise ValueError(f"{source.place(index)}: {error}") from None
         return _Encoded(row, np.array(ids, np.int32)) if len(ids) <= self.max_prompt_tokens else None
 
-    def to_prompts(self, encoded: Sequence[_Encoded], first_draw: int) -> Prompts:
-        """`Prompts` of some rows, numbered from `first_draw`."""
+    def to_prompts(self, encoded: Sequence[_Encoded], draws: np.ndarray) -> Prompts:
+        """`Prompts` of some rows, with their numbers."""
         tokens_PT = np.full((len(encoded), self.max_prompt_tokens), self.tokenizer.pad_id, np.int32)
         for tokens_T, e in zip(tokens_PT, encoded, strict=True):
             tokens_T[: len(e.ids)] = e.ids
         return Prompts(
             tokens_PT=tokens_PT,
             lengths_P=np.array([len(e.ids) for e in encoded], np.int32),
-            draws_P=np.arange(first_draw, first_draw + len(encoded), dtype=np.int32),
+            draws_P=draws.astype(np.int32),
             questions=tuple(e.row.question for e in encoded),
             answers=tuple(e.row.answer for e in encoded),
             completions=tuple(e.row.completion for e in encoded),
@@ -76,7 +78,7 @@ class _Encoder:
 
 
 class _EncodedSource:
-    """Random access to the encoded rows of one source, for grain. An over-long row of a task is None."""
+    """Random access to the encoded rows of one source, for grain."""
 
     def __init__(self, source: Source, encode: _Encoder, needs_completion: bool):
         self.name = source.name
@@ -97,8 +99,13 @@ class _EncodedSource:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> _Encoded | None:
-        return self._kept[index] if self._source is None else self._encode(self._source, index)
+    def __getitem__(self, index: int) -> _Encoded:
+        if self._source is None:
+            return self._kept[index]
+        # The next row in place of an over-long one, so that a position has one row whatever was drawn before
+        # it. Some of the first rows fit, so this ends.
+        rows = (self._encode(self._source, i % self._length) for i in itertools.count(index))
+        return next(encoded for encoded in rows if encoded is not None)
 
     def describe(self, limit: int) -> str:
         """One line on what was kept."""
@@ -116,7 +123,7 @@ class PromptStream(Iterator[Prompts]):
     """An endless stream of `Prompts`, with an exact position. Made by `open_prompts`."""
 
     def __init__(self, sources: Sequence[_EncodedSource], weights: Sequence[float],
-                 teachers: Sequence[str | None], encode: _Encoder,
+                 teachers: Sequence[str | None], encode: _Encoder, rows: np.ndarray,
                  prompts_per_iteration: int, seed: int):  # fmt: skip
         self.dropped: dict[str, int] = {s.name: s.dropped for s in sources}
         """Over-long prompts per source, among all rows of a file or the first rows of a task."""
@@ -133,26 +140,25 @@ class PromptStream(Iterator[Prompts]):
             "seed": seed,
             "sources": [[s.name, len(s), weight] for s, weight in zip(sources, weights, strict=True)],
         }
-        mixed = grain.MapDataset.mix(
+        self._stream = grain.MapDataset.mix(
             [
                 grain.MapDataset.source(source).shuffle(seed=_source_seed(seed, i)).repeat()
                 for i, source in enumerate(sources)
             ],
             weights,
         )
-        # An over-long row of a task is None, which grain steps over.
-        in_process = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        self._rows = mixed.to_iter_dataset(in_process).batch(prompts_per_iteration, batch_fn=list).__iter__()
+        self._rows, self._batch = rows, prompts_per_iteration
         self._drawn = 0
 
     def __next__(self) -> Prompts:
-        prompts = self._encode.to_prompts(next(self._rows), self._drawn)
-        self._drawn += len(prompts.lengths_P)
+        draws = self._drawn + self._rows
+        prompts = self._encode.to_prompts([self._stream[int(i)] for i in draws], draws)
+        self._drawn += self._batch
         return prompts
 
     def get_state(self) -> dict[str, Any]:
-        """The position before the next draw; plain numbers, strings and lists, ready for JSON."""
-        return {"position": self._rows.get_state(), "drawn": self._drawn, "stream": self._identity}
+        """The position before the next draw, the same on every process; ready for JSON."""
+        return {"drawn": self._drawn, "stream": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a state of `get_state`, of this stream or of an equal one.
@@ -165,7 +171,6 @@ class PromptStream(Iterator[Prompts]):
                 f"the saved data position is of {state['stream']}, but the data is now {self._identity}; "
                 "restore the data files and the settings of data, tokenizer and seed, or start a new run"
             )
-        self._rows.set_state(state["position"])
         self._drawn = state["drawn"]
 
     def describe(self) -> list[str]:
@@ -181,6 +186,7 @@ def open_prompts(
     prompts_per_iteration: int,
     seed: int,
     needs_completion: bool,
+    rows: np.ndarray | None = None,
 ) -> PromptStream:
     """Opens and checks the training sources.
 
@@ -188,9 +194,10 @@ def open_prompts(
         data: sources and their weights, prompt template and length limit.
         tokenizer: encodes the prompts.
         chat_template: `auto` or `none`, see `config.TokenizerConfig`.
-        prompts_per_iteration: P, rows of each `Prompts`.
+        prompts_per_iteration: P, prompts of each draw, over all processes.
         seed: of the order of draws.
         needs_completion: whether every row must have a completion to imitate.
+        rows: int, which of each draw are wanted in this process; None is all.
 
     Raises:
         FileNotFoundError, ValueError: as `sources.open_source`; a row that cannot be encoded, with its
@@ -199,7 +206,8 @@ def open_prompts(
     encode = _Encoder(tokenizer, data.prompt_template, chat_template, data.max_prompt_tokens)
     sources = [_EncodedSource(s, encode, needs_completion) for s in _open(data.train, needs_completion)]
     weights, teachers = [s.weight for s in data.train], [s.teacher for s in data.train]
-    return PromptStream(sources, weights, teachers, encode, prompts_per_iteration, seed)
+    rows = np.arange(prompts_per_iteration) if rows is None else rows
+    return PromptStream(sources, weights, teachers, encode, rows, prompts_per_iteration, seed)
 
 
 def load_eval_prompts(
@@ -250,7 +258,7 @@ def load_eval_prompts(
             f"all prompts of data.eval are longer than data.max_prompt_tokens={data.max_prompt_tokens} "
             f"({dropped}); raise it"
         )
-    return encode.to_prompts(chosen, first_draw=0), dropped
+    return encode.to_prompts(chosen, np.arange(len(chosen))), dropped
 
 
 def _open(configs: Sequence[SourceConfig], needs_completion: bool) -> list[Source]:

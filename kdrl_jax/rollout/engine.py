@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.models.cache import KVCache, empty_cache
 from kdrl_jax.models.decoder import Model
 from kdrl_jax.rollout.attention import attend_maker, heads_divide, on_own_heads
@@ -59,6 +59,7 @@ class Engine:
             raise ValueError(
                 f"num_prompts={settings.num_prompts} does not divide over {shards} devices (data x fsdp)"
             )
+        self._share = hosts.share(mesh, settings.num_prompts)
         self._programs: Programs | None = None
 
     def generate(
@@ -78,7 +79,8 @@ class Engine:
         number; not on the batch it is in, nor on the slots.
 
         Args:
-            prompts: exactly `num_prompts` of them.
+            prompts: exactly `num_prompts` of them; in a job of several processes, those that
+                `hosts.share` gives this one.
             temperature: divides the logits, above 0; another one is the same program.
             max_new_tokens: of this call, at most the settings', which is the default; another one is the
                 same program.
@@ -112,10 +114,10 @@ class Engine:
         The last one is the one without running rows; `rollouts` of its carry is the result.
         """
         s = self.settings
-        if prompts.tokens_PT.shape != (s.num_prompts, s.max_prompt_tokens):
+        expected = (len(self._share.held), s.max_prompt_tokens)
+        if prompts.tokens_PT.shape != expected:
             raise ValueError(
-                f"prompts of shape {prompts.tokens_PT.shape}; this engine takes "
-                f"{(s.num_prompts, s.max_prompt_tokens)}"
+                f"prompts of shape {prompts.tokens_PT.shape}; this engine takes {expected} in this process"
             )
         limit = s.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= s.max_new_tokens:
@@ -124,7 +126,7 @@ class Engine:
             )
         weights = to_decode(self.model, params, self.mesh)
         programs = self.programs()
-        put = functools.partial(jax.device_put, device=sharding.rows(self.mesh))
+        put = functools.partial(hosts.put, rows=self._share, mesh=self.mesh)
         call = Call(key, np.float32(temperature), np.int32(limit))  # type: ignore[arg-type]
         # Set for each call alone: whoever takes a chunk goes on without it.
         with jax.set_mesh(self.mesh):

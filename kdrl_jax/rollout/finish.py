@@ -4,16 +4,16 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
+from kdrl_jax import hosts
 from kdrl_jax.types import Rollouts
 
 
 def completion_ids(rollouts: Rollouts) -> list[np.ndarray]:
-    """Each row's completion tokens, on the host."""
+    """The completion tokens of each row that this process holds, on the host."""
     tokens, starts, lengths = (
-        np.asarray(x) for x in (rollouts.tokens_BT, rollouts.prompt_lengths_B, rollouts.completion_lengths_B)
+        hosts.held(x) for x in (rollouts.tokens_BT, rollouts.prompt_lengths_B, rollouts.completion_lengths_B)
     )
     return [tokens[i, starts[i] : starts[i] + lengths[i]] for i in range(len(tokens))]
 
@@ -49,24 +49,24 @@ def cut_at_stops(
     """Completions without what follows a stop text; they have ended, and are not truncated."""
     if not stops:
         return rollouts
-    arrays = jax.device_get((rollouts.tokens_BT, rollouts.sampler_logprobs_BT))
-    tokens, logprobs = (np.array(x) for x in arrays)
-    lengths, ended = (np.array(x) for x in (rollouts.completion_lengths_B, rollouts.ended_B))
-    starts = np.asarray(rollouts.prompt_lengths_B)
+    arrays = (
+        rollouts.tokens_BT,
+        rollouts.sampler_logprobs_BT,
+        rollouts.completion_lengths_B,
+        rollouts.ended_B,
+    )
+    tokens, logprobs, lengths, ended = (np.array(hosts.held(x)) for x in arrays)
+    starts = hosts.held(rollouts.prompt_lengths_B)
     for i, ids in enumerate(completion_ids(rollouts)):
         length = stop_length(ids.tolist(), decode, stops)
         if length is not None:
             lengths[i], ended[i] = length, True
             tokens[i, starts[i] + length :] = pad_id
             logprobs[i, starts[i] + length :] = 0
-
-    def put(new: np.ndarray, old: jax.Array) -> jax.Array:
-        return jax.device_put(new, old.sharding)
-
     return dataclasses.replace(
         rollouts,
-        tokens_BT=put(tokens, rollouts.tokens_BT),
-        completion_lengths_B=put(lengths, rollouts.completion_lengths_B),
-        ended_B=put(ended, rollouts.ended_B),
-        sampler_logprobs_BT=put(logprobs, rollouts.sampler_logprobs_BT),
+        tokens_BT=hosts.put_back(tokens, rollouts.tokens_BT),
+        completion_lengths_B=hosts.put_back(lengths, rollouts.completion_lengths_B),
+        ended_B=hosts.put_back(ended, rollouts.ended_B),
+        sampler_logprobs_BT=hosts.put_back(logprobs, rollouts.sampler_logprobs_BT),
     )

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from kdrl_jax import hosts
 from kdrl_jax.models.cache import bytes_per_position
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.rollout.attention import heads_divide
@@ -94,9 +93,7 @@ def _free_bytes(mesh: Mesh) -> int:
         stats = [d.memory_stats() or {} for d in local]
         # A device that does not tell is taken at the user's word.
         least = min(int(SHARE * s.get("bytes_limit", _UNKNOWN)) - s.get("bytes_in_use", 0) for s in stats)
-    if jax.process_count() > 1:
-        least = int(np.min(multihost_utils.process_allgather(np.int64(least))))
-    return least
+    return hosts.least(least)
 
 
 def _host_bytes() -> int:

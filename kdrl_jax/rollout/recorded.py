@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts
 from kdrl_jax.types import Prompts, Rollouts
 
 
@@ -17,6 +16,7 @@ def from_completions(
     max_new_tokens: int,
     end_ids: Sequence[int],
     pad_id: int,
+    share: hosts.Share,
     mesh: Mesh,
 ) -> Rollouts:
     """Rows of prompt and given completion, laid out as the engine lays out sampled ones.
@@ -24,6 +24,7 @@ def from_completions(
     Args:
         completion_ids: one per prompt, end token included; cut at `max_new_tokens`, and then counted as
             truncated like a sampled one.
+        share: which rows of the batch these are.
     """
     b, width = prompts.tokens_PT.shape
     tokens = np.full((b, width + max_new_tokens), pad_id, np.int32)
@@ -35,4 +36,4 @@ def from_completions(
         tokens[i, start : start + len(kept)] = kept
         lengths[i], ended[i] = len(kept), kept[-1] in end_ids
     arrays = (tokens, prompts.lengths_P, lengths, ended, np.zeros(tokens.shape, np.float32))
-    return Rollouts(*(jax.device_put(x, sharding.rows(mesh)) for x in arrays))
+    return Rollouts(*(hosts.put(x, share, mesh) for x in arrays))

@@ -1,5 +1,6 @@
 """Parameters as the decode loop reads them."""
 
+import functools
 from typing import Any
 
 import jax
@@ -27,9 +28,28 @@ def decode_layout(model: Model, abstract: Params, mesh: Mesh) -> Params:
 
 
 def to_decode(model: Model, params: Params, mesh: Mesh) -> Params:
-    """The parameters in their `decode_layout`; leaves that are so already are not copied."""
-    return jax.tree.map(
-        lambda x, wanted: jax.device_put(x.astype(wanted.dtype), wanted.sharding),
-        params,
-        decode_layout(model, params, mesh),
-    )
+    """The parameters in their `decode_layout`, by one program; leaves that are so already are not copied."""
+    wanted = decode_layout(model, params, mesh)
+    leaves, treedef = jax.tree.flatten(params)
+    places = jax.tree.leaves(wanted)
+    moved = [i for i, (x, to) in enumerate(zip(leaves, places, strict=True)) if not _lies_as(x, to)]
+    if moved:
+        relaid = relay(tuple(places[i] for i in moved))(tuple(leaves[i] for i in moved))
+        for i, x in zip(moved, relaid, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
+
+
+@functools.cache
+def relay(wanted: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    """The program that gives leaves the types and places wanted of them: rounded first, so that what crosses
+    between devices is what is multiplied."""
+
+    def move(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(x.astype(to.dtype) for x, to in zip(leaves, wanted, strict=True))
+
+    return jax.jit(move, out_shardings=tuple(to.sharding for to in wanted))
+
+
+def _lies_as(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:
+    return x.dtype == wanted.dtype and x.sharding.is_equivalent_to(wanted.sharding, x.ndim)

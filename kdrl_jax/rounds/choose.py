@@ -10,7 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kdrl_jax.config import Config
-from kdrl_jax.metrics import completion_metrics, reward_metrics
+from kdrl_jax.hosts import Share, gather, spread
+from kdrl_jax.hosts import total as total_over_hosts
+from kdrl_jax.metrics import completion_metrics, repeated_ngrams, reward_metrics
 from kdrl_jax.objective.advantages import has_signal, overlong_penalty
 from kdrl_jax.rewards.pool import Scored, is_correct, total
 from kdrl_jax.rollout.finish import finish_reason
@@ -23,16 +25,24 @@ class Round:
     """Completions of one draw of prompts, with all that is known of them."""
 
     prompts: Prompts
+    """Of the rows that this process holds."""
     rollouts: Rollouts
+    share: Share
+    """Which rows these are, and which of them this process answers for."""
     ids: list[np.ndarray]
-    """Each completion's tokens."""
+    """Each completion's tokens, of the rows that this process answers for."""
     texts: list[str]
+    """Of the same rows."""
     scored: list[Scored] | None
-    """Verdicts; None for completions of a dataset."""
+    """Verdicts on the same rows; None for completions of a dataset."""
     rewards_B: np.ndarray
     """float32: verifier and shaping; 0 for completions of a dataset."""
     correct_B: np.ndarray
     """bool: the verifier's verdict."""
+    lengths_B: np.ndarray
+    """int32: completion tokens."""
+    ended_B: np.ndarray
+    """bool: as in `Rollouts`."""
     max_new_tokens: int
     """Tokens that a completion could have."""
     idle_frac: float | None
@@ -45,18 +55,19 @@ class Round:
         r = config.reward
         if not r.overlong_buffer:
             return self.rewards_B
-        lengths = jnp.asarray([len(row) for row in self.ids])
-        overlong = overlong_penalty(lengths, self.max_new_tokens, r.overlong_buffer)
+        overlong = overlong_penalty(jnp.asarray(self.lengths_B), self.max_new_tokens, r.overlong_buffer)
         return self.rewards_B + r.overlong_penalty * np.asarray(overlong, np.float32)
 
 
-def verdicts(config: Config, scored: Sequence[Scored] | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """`Round.rewards_B` and `correct_B`."""
+def verdicts(config: Config, scored: Sequence[Scored] | None, share: Share) -> tuple[np.ndarray, np.ndarray]:
+    """`Round.rewards_B` and `correct_B`, from the verdicts on the rows of each process."""
     r = config.reward
     if scored is None:
-        return np.zeros(num_rows, np.float32), np.zeros(num_rows, bool)
-    rewards = np.array([total(s, r.verifier, r.shaping) for s in scored], np.float32)
-    return rewards, np.array([is_correct(s, r.verifier) for s in scored])
+        return np.zeros(share.num_rows, np.float32), np.zeros(share.num_rows, bool)
+    rewards, correct = np.zeros(len(share.held), np.float32), np.zeros(len(share.held), bool)
+    rewards[share.owned] = [total(s, r.verifier, r.shaping) for s in scored]
+    correct[share.owned] = [is_correct(s, r.verifier) for s in scored]
+    return gather(rewards, share), gather(correct, share)
 
 
 def wants_another(config: Config, rounds: Sequence[Round]) -> bool:
@@ -91,23 +102,21 @@ def choose(config: Config, rounds: Sequence[Round], mesh: Mesh) -> Chosen:
     put = row_sharding(mesh)
     if not config.rl.resample_rounds:
         (only,) = rounds
-        verdict = (only.total_rewards(config), only.correct_B)
-        rewards, correct = (jax.device_put(x, put) for x in verdict)
-        return Chosen(only.rollouts, rewards, correct, None, only.sources)
+        rewards_B, correct_B = (spread(x, put) for x in (only.total_rewards(config), only.correct_B))
+        return Chosen(only.rollouts, rewards_B, correct_B, None, only.sources)
     groups, rl, used = plan_groups(
         _signals(config, rounds), config.train.prompts_per_iteration, config.groups_per_batch
     )
     size = config.rollout.group_size
     rows = (groups[:, None] * size + np.arange(size)).ravel()
-    rewards, correct = _verdicts_of(config, rounds)
-    with jax.set_mesh(mesh):
-        rollouts = _take([r.rollouts for r in rounds], rows)
     # A place that nothing fills holds no completion, so that no mean and no denominator counts it.
-    lengths = np.where(np.repeat(used, size), np.asarray(rollouts.completion_lengths_B), 0)
-    rollouts = dataclasses.replace(rollouts, completion_lengths_B=lengths)
-    of_rows = (rewards[rows], correct[rows], np.repeat(rl, size))
+    lengths = np.where(np.repeat(used, size), np.concatenate([r.lengths_B for r in rounds])[rows], 0)
+    rewards_B, correct_B = (spread(x[rows], put) for x in _verdicts_of(config, rounds))
+    rl_B = spread(np.repeat(rl, size), put)
+    with jax.set_mesh(mesh):
+        rollouts = jax.device_put(_take([r.rollouts for r in rounds], rows), put)
+    rollouts = dataclasses.replace(rollouts, completion_lengths_B=spread(lengths, put))
     sources = [source for r in rounds for source in r.sources]
-    rollouts, rewards_B, correct_B, rl_B = jax.device_put((rollouts, *of_rows), put)
     return Chosen(rollouts, rewards_B, correct_B, rl_B, [sources[b] for b in rows])
 
 
@@ -143,14 +152,16 @@ def _take(rounds: list[Any], rows: np.ndarray) -> Any:
 
 def round_metrics(config: Config, rounds: Sequence[Round]) -> Metrics:
     """Of all completions that were sampled, trained on or not."""
-    ids = [row for r in rounds for row in r.ids]
-    ended = np.concatenate([np.asarray(r.rollouts.ended_B) for r in rounds])
-    out = completion_metrics(ids, ended)
+    lengths, ended = (np.concatenate([getattr(r, name) for r in rounds]) for name in ("lengths_B", "ended_B"))
+    repeats = repeated_ngrams([row for r in rounds for row in r.ids])
+    repeats = tuple(total_over_hosts(np.array(repeats)).tolist())
+    out = completion_metrics(lengths, ended, repeats)
     idle = [r.idle_frac for r in rounds if r.idle_frac is not None]
     if idle:
         out["rollout/idle_slot_frac"] = float(np.mean(idle))
     if rounds[0].scored is not None:
         errors = sum(s.error is not None for r in rounds for s in r.scored or ())
+        errors = int(total_over_hosts(np.array(errors)))
         rewards, correct = _verdicts_of(config, rounds)
         out |= reward_metrics(rewards, correct, errors, config.rollout.group_size)
     if config.rl.resample_rounds:
@@ -159,22 +170,23 @@ def round_metrics(config: Config, rounds: Sequence[Round]) -> Metrics:
 
 
 def sample_rows(config: Config, sampled: Round, step: int, end_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The first completions of a round, as readable records."""
+    """The first completions of those that this process answers for, as readable records."""
     assert sampled.scored is not None
     group_size, rewards = config.rollout.group_size, sampled.total_rewards(config)
-    prompts, ended = sampled.prompts, np.asarray(sampled.rollouts.ended_B)
+    prompts, held = sampled.prompts, np.flatnonzero(sampled.share.owned)
+    rows = sampled.share.owned_rows
     return [
         {
             "step": step,
-            "question": prompts.questions[i // group_size],
-            "answer": prompts.answers[i // group_size],
-            "source": prompts.sources[i // group_size],
-            "sample": i % group_size,
+            "question": prompts.questions[held[i] // group_size],
+            "answer": prompts.answers[held[i] // group_size],
+            "source": prompts.sources[held[i] // group_size],
+            "sample": int(rows[i]) % group_size,
             "completion": sampled.texts[i],
-            "reward": float(rewards[i]),
+            "reward": float(rewards[rows[i]]),
             "scores": sampled.scored[i].scores,
             "error": sampled.scored[i].error,
-            "finish": finish_reason(sampled.ids[i].tolist(), bool(ended[i]), end_ids),
+            "finish": finish_reason(sampled.ids[i].tolist(), bool(sampled.ended_B[rows[i]]), end_ids),
         }
         for i in range(min(config.log.rollouts_rows, len(sampled.texts)))
     ]

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from kdrl_jax import hosts
 from kdrl_jax.config import Config
 from kdrl_jax.config.schedules import constant
 from kdrl_jax.data.prompts import PromptStream, encode_completion
 from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.hosts import Share
 from kdrl_jax.models.decoder import FrozenModel
 from kdrl_jax.optim import make_schedule
 from kdrl_jax.progress import Reporter
@@ -30,6 +32,7 @@ class Drawn:
 
     prompts: Prompts
     rollouts: Rollouts
+    share: Share
     ids: list[np.ndarray]
     texts: list[str]
     max_new_tokens: int
@@ -38,7 +41,7 @@ class Drawn:
     pending: Future[list[Scored]] | None
     """None for completions of a dataset."""
     sources: list[str]
-    """Of each row, the source of its prompt."""
+    """Of each row of the batch, the source of its prompt."""
 
 
 class Collector:
@@ -65,6 +68,7 @@ class Collector:
         self._config, self._tokenizer, self._mesh, self._engine = config, tokenizer, mesh, engine
         self._teacher, self._data, self._pool, self._should_stop = teacher, data, pool, should_stop
         self._told_errors = False
+        self._share = hosts.share(mesh, config.train.prompts_per_iteration)
         r = config.rollout
         self._length_limit = make_schedule(r.length_limit or constant(r.max_new_tokens))
 
@@ -81,11 +85,11 @@ class Collector:
         else:
             rollouts, idle_frac = self._sampled(student_params, step, prompts, temperature, limit, reporter)
         jax.block_until_ready(rollouts)
-        ids = completion_ids(rollouts)
+        share = self._share.repeated(self._config.rollout.group_size)
+        ids = [row for row, owned in zip(completion_ids(rollouts), share.owned, strict=True) if owned]
         texts = [self._tokenizer.decode(row.tolist()) for row in ids]
         pending = self._submit(prompts, texts)
-        sources = [s for s in prompts.sources for _ in range(self._config.rollout.group_size)]
-        return Drawn(prompts, rollouts, ids, texts, limit, idle_frac, pending, sources)
+        return Drawn(prompts, rollouts, share, ids, texts, limit, idle_frac, pending, self._sources(prompts))
 
     def verify(self, drawn: Drawn, reporter: Reporter) -> Round:
         """Waits for the workers' verdicts."""
@@ -95,19 +99,30 @@ class Collector:
             scored = drawn.pending.result()
             self._tell_errors(scored, reporter)
         d = drawn
-        rewards, correct = verdicts(self._config, scored, len(d.ids))
+        rewards_B, correct_B = verdicts(self._config, scored, d.share)
+        lengths_B, ended_B = hosts.whole((d.rollouts.completion_lengths_B, d.rollouts.ended_B))
         return Round(
             d.prompts,
             d.rollouts,
+            d.share,
             d.ids,
             d.texts,
             scored,
-            rewards,
-            correct,
+            rewards_B,
+            correct_B,
+            lengths_B,
+            ended_B,
             d.max_new_tokens,
             d.idle_frac,
             d.sources,
         )
+
+    def _sources(self, prompts: Prompts) -> list[str]:
+        """`Drawn.sources`."""
+        names = list(self._data.teacher_of)
+        mine = np.array([names.index(source) for source in prompts.sources], np.int32)
+        of_prompts = hosts.gather(mine, self._share)
+        return [names[i] for i in np.repeat(of_prompts, self._config.rollout.group_size)]
 
     def _given(self, prompts: Prompts) -> Rollouts:
         """The completions of the dataset."""
@@ -118,6 +133,7 @@ class Collector:
             max_new_tokens=c.rollout.max_new_tokens,
             end_ids=t.end_ids,
             pad_id=t.pad_id,
+            share=self._share,
             mesh=self._mesh,
         )
 
@@ -159,10 +175,11 @@ class Collector:
         if self._config.rollout.source == "dataset":
             return None
         g = self._config.rollout.group_size
+        owned = np.flatnonzero(self._share.owned)
         return self._pool.submit(
-            [q for q in prompts.questions for _ in range(g)],
+            [prompts.questions[i] for i in owned for _ in range(g)],
             texts,
-            [a for a in prompts.answers for _ in range(g)],
+            [prompts.answers[i] for i in owned for _ in range(g)],
         )
 
     def _tell_errors(self, scored: list[Scored], reporter: Reporter) -> None:

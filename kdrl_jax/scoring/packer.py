@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.attend import RowAttention, row_attention
 from kdrl_jax.scoring.packing import PackShape, passes_needed, place
@@ -116,7 +116,7 @@ def pack_rollouts(
     Args:
         kinds_B: as in `place`, of all rows.
     """
-    prompt_lengths, lengths = jax.device_get((rollouts.prompt_lengths_B, rollouts.completion_lengths_B))
+    prompt_lengths, lengths = hosts.whole((rollouts.prompt_lengths_B, rollouts.completion_lengths_B))
     kinds = np.zeros(len(lengths), int) if kinds_B is None else np.asarray(kinds_B)
     out = []
     for rows in minibatch_rows(len(lengths), group_size, num_minibatches):

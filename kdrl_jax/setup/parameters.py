@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, ModelConfig
 from kdrl_jax.metrics import read_json, write_json
@@ -130,7 +130,7 @@ def _base_step(config: Config) -> int | None:
 def record_base(config: Config) -> None:
     """Writes down which checkpoint a run's adapters are trained on, once."""
     file, step = Path(config.run_dir) / _BASE, _base_step(config)
-    if step is not None and not file.exists():
+    if step is not None and hosts.is_first() and not file.exists():
         write_json(file, {"run": str(run_of(config, "student")), "step": step})
 
 

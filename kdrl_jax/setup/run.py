@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from kdrl_jax import sharding
+from kdrl_jax import hosts, sharding
 from kdrl_jax.config import Config
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.models import adapters
@@ -104,7 +104,7 @@ class Setup:
         params = self.init_trainable()
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
-        zero = [jax.device_put(np.zeros((), np.int32), shardings.step) for _ in range(3)]
+        zero = [hosts.spread(np.zeros((), np.int32), shardings.step) for _ in range(3)]
         return self.park(TrainState(zero[0], params, opt_state, zero[1], zero[2]))
 
     def park(self, state: TrainState) -> TrainState:
