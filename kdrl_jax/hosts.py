@@ -159,6 +159,14 @@ def of_first(answer: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
+def text_of_first(text: str) -> str:
+    """What the first process says; at most 255 bytes of UTF-8."""
+    if jax.process_count() == 1:
+        return text
+    said = multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode().ljust(256), np.uint8))
+    return bytes(said).decode().rstrip()
+
+
 def wait_for_all(name: str) -> None:
     """Goes on once every process has come here.
 

@@ -12,12 +12,13 @@ import dataclasses
 import difflib
 import hashlib
 import os
+import re
 import signal
+import socket
 import sys
-import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 if __name__ == "__main__":
@@ -38,63 +39,51 @@ from kdrl_jax.config import (
 )
 from kdrl_jax.config.base import Section
 from kdrl_jax.config.load import RUN_CONFIG
+from kdrl_jax.signals import Ended, StopRequest, end_on_signals
 from kdrl_jax.types import TrainingError
+from kdrl_jax.watch import Watch
 
 USAGE_ERROR = 2
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the run to save and end; a second one ends it at once."""
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Where the processes of a job meet."""
 
-    def __init__(self, says: str = "saving after what is running now") -> None:
-        """Nothing happens before `install`.
+    coordinator: str | None
+    """HOST:PORT of the first; None is found by JAX, as the other two are."""
+    num_processes: int | None
+    process_id: int | None
 
-        Args:
-            says: what will be done about it.
-        """
-        self.signal: int | None = None
-        self._says = says
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        name = signal.Signals(number).name
-        # os.write, because a signal may arrive in the middle of a print.
-        os.write(2, f"\n{name}: {self._says}; once more ends at once\n".encode())
-
-    def __call__(self) -> bool:
-        return self.signal is not None
+    @property
+    def host(self) -> str:
+        """The name or address of the first host, asked on it."""
+        if self.coordinator is not None:
+            return self.coordinator.rpartition(":")[0]
+        # The address that the others see: of the interface that leads out. Nothing is sent.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+            out.connect(("192.0.2.1", 9))
+            return str(out.getsockname()[0])
 
 
-class Ended(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM during a command that keeps nothing of what it has begun."""
-
-    def __init__(self, number: int):
-        self.signal = number
-
-
-def end_on_signals() -> None:
-    """Lets Ctrl-C and SIGTERM raise `Ended` wherever the program is."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Ended(number)
-
-    def unraisable(what: "sys.UnraisableHookArgs") -> None:
-        # Raised in a callback of the garbage collector, it ended nothing: once more, elsewhere.
-        if isinstance(what.exc_value, Ended):
-            again = (threading.main_thread().ident, what.exc_value.signal)
-            threading.Timer(0.01, signal.pthread_kill, again).start()
-        else:
-            sys.__unraisablehook__(what)
-
-    sys.unraisablehook = unraisable
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+def read_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Hosts | None:
+    """What the three options say. Raises ConfigError with one line for the user."""
+    numbers = {"--num-processes": num_processes, "--process-id": process_id}
+    given = [name for name, number in numbers.items() if number is not None]
+    if coordinator is None or coordinator == "auto":
+        if given:
+            raise ConfigError(f"{' and '.join(given)} with no address: give --coordinator HOST:PORT")
+        return None if coordinator is None else Hosts(None, None, None)
+    if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", coordinator):
+        raise ConfigError(f"--coordinator {coordinator}: write auto, or HOST:PORT of the first host")
+    if num_processes is None or process_id is None:
+        missing = " and ".join(name for name in numbers if name not in given)
+        raise ConfigError(f"--coordinator {coordinator} needs {missing} too")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process-id {process_id} of --num-processes {num_processes}: ids count from 0 to one less"
+        )
+    return Hosts(coordinator, num_processes, process_id)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,6 +100,8 @@ class Invocation:
     command: str
     config: str
     """The path after --config."""
+    hosts: "Hosts | None"
+    """Of a job of several processes; None for a process alone."""
     options: Section | None
     """The command's own options, if it has any."""
     overrides: list[str]
@@ -133,6 +124,14 @@ def parse(argv: Sequence[str]) -> Invocation:
         metavar="FILE_OR_RUN_DIR",
         help="a YAML file, or a run; sample and export also take a Hugging Face folder or a .gguf file",
     )
+    parser.add_argument(
+        "--coordinator",
+        metavar="auto|HOST:PORT",
+        help="of a job on several hosts, started on each: `auto` on TPU pods, GKE and Slurm, elsewhere "
+        "an address of the first host and a free port, with the next two",
+    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="of the job, one on each host")
+    parser.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
     args = parser.parse_intermixed_args(argv)
     words: list[str] = args.words
     command = "train"
@@ -142,11 +141,14 @@ def parse(argv: Sequence[str]) -> Invocation:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; commands are {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command {command!r}{hint}")
+    hosts = read_hosts(args.coordinator, args.num_processes, args.process_id)
+    if hosts is not None and command not in ("train", "eval"):
+        raise ConfigError(f"{command} runs on one host: leave out --coordinator")
     kind = COMMANDS[command]
     if kind is None:
-        return Invocation(command, args.config, None, words)
+        return Invocation(command, args.config, hosts, None, words)
     options, overrides = read_options(command, kind, words)
-    return Invocation(command, args.config, options, overrides)
+    return Invocation(command, args.config, hosts, options, overrides)
 
 
 def load(call: Invocation) -> tuple[Config, bool]:
@@ -181,25 +183,29 @@ def _is_model(path: Path) -> bool:
 def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
+    from kdrl_jax import hosts
     from kdrl_jax.report import report
     from kdrl_jax.runs import is_complete
     from kdrl_jax.train import train
 
-    console = Console()
-    if is_complete(config):
+    console = Console(quiet=not hosts.is_first())
+    if hosts.of_first(is_complete(config)):
         console.print(f"{config.run_dir} is complete; raise train.num_steps to go on", highlight=False)
     if not train(config, console, stop, resume=is_run):
-        return 128 + (stop.signal or 0)
-    report(Path(config.run_dir), console)
+        return stop.status
+    if hosts.is_first():
+        report(Path(config.run_dir), console)
     return 0
 
 
 def run_eval(config: Config, stop: StopRequest, is_run: bool) -> int:
     from rich.console import Console
 
+    from kdrl_jax import hosts
     from kdrl_jax.eval import evaluate
 
-    return 0 if evaluate(config, Console(), stop, is_run=is_run) else 128 + (stop.signal or 0)
+    console = Console(quiet=not hosts.is_first())
+    return 0 if evaluate(config, console, stop, is_run=is_run) else stop.status
 
 
 def run_plan(config: Config) -> int:
@@ -290,6 +296,37 @@ def _compile_for_tpus() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
+def _join(job: Hosts, config: Config) -> Watch:
+    """Meets the other processes of the job and begins to watch them.
+
+    Raises:
+        ConfigError, TrainingError: with one line for the user.
+    """
+    import jax
+
+    from kdrl_jax.hosts import text_of_first
+
+    limit = config.mesh.host_timeout_s
+    # Signals are asked about by all hosts together, in `hosts.agreed`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            job.coordinator,
+            job.num_processes,
+            job.process_id,
+            # Should this process itself stand still: later than the watch, which says more.
+            heartbeat_timeout_seconds=int(2 * limit),
+        )
+    except (ValueError, RuntimeError) as error:
+        if job.coordinator is None and "should be defined" in str(error):
+            raise ConfigError(
+                "--coordinator auto: neither a TPU pod nor a GKE or Slurm job is found here; give HOST:PORT "
+                "of the first host, with --num-processes and --process-id"
+            ) from error
+        raise TrainingError(f"the job's processes did not meet: {str(error).splitlines()[0]}") from error
+    return Watch(jax.process_index(), jax.process_count(), text_of_first, host=job.host, timeout_s=limit)
+
+
 def _run(call: Invocation) -> int:
     config, is_run = load(call)
     if call.command == "plan":
@@ -297,6 +334,34 @@ def _run(call: Invocation) -> int:
     elif call.command != "report":
         _take_cpu_apart(config)
         _keep_programs(config)
+    if call.hosts is None:
+        return _run_command(call, config, is_run)
+    watch = _join(call.hosts, config)
+    try:
+        status = _run_command(call, config, is_run)
+    except BaseException as error:
+        line, status = explain(error) or (f"a bug: {error!r}", 1)
+        if explain(error) is None:
+            traceback.print_exc()
+        watch.failed(line)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        # Not by way of JAX, which would wait for the others.
+        os._exit(status)
+    watch.done()
+    return status
+
+
+def _check_alone() -> None:
+    import jax
+
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"this is one of {jax.process_count()} hosts of a TPU slice: start the same command with "
+            "--coordinator auto on all of them, as tpu/run.sh does"
+        )
+
+
+def _run_command(call: Invocation, config: Config, is_run: bool) -> int:
     if call.options is not None:
         end_on_signals()
         if isinstance(call.options, SampleOptions):
@@ -311,33 +376,44 @@ def _run(call: Invocation) -> int:
         "eval": run_eval,
         "report": run_report,
     }
+    if call.command != "report":
+        _check_alone()
     stop = StopRequest()
     stop.install()
     return commands[call.command](config, stop, is_run)
 
 
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The line for the user, and the exit status; None for a bug, or if the user wants to see where."""
+    if os.environ.get("KDRL_TRACEBACK"):
+        return None
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        error = TrainingError(
+            f"out of device memory ({str(error).splitlines()[0]}); while sampling, lower "
+            "rollout.slots_per_device or rollout.max_new_tokens, or raise mesh.tensor; while "
+            "updating, lower train.microbatch_rows or train.pack_length, or raise train.remat"
+        )
+    if not isinstance(error, (ValueError, OSError, ImportError, TrainingError)):
+        return None
+    # Most are mistakes in what was given. One line says so; the variable shows the rest.
+    hint = "" if isinstance(error, ConfigError) else " (KDRL_TRACEBACK=1 shows where)"
+    line = f"{' '.join(str(error).split())}{hint}"
+    return line, 1 if isinstance(error, TrainingError) else USAGE_ERROR
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
-        try:
-            return _run(parse(sys.argv[1:] if argv is None else argv))
-        except RuntimeError as error:
-            if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
-                raise TrainingError(
-                    f"out of device memory ({str(error).splitlines()[0]}); while sampling, lower "
-                    "rollout.slots_per_device or rollout.max_new_tokens, or raise mesh.tensor; while "
-                    "updating, lower train.microbatch_rows or train.pack_length, or raise train.remat"
-                ) from error
-            raise
+        return _run(parse(sys.argv[1:] if argv is None else argv))
     except Ended as ended:
         return 128 + ended.signal
-    except (ValueError, OSError, ImportError, TrainingError) as error:
-        if os.environ.get("KDRL_TRACEBACK"):
+    except Exception as error:
+        said = explain(error)
+        if said is None:
             raise
-        # Most are mistakes in what was given. One line says so; the variable shows the rest.
-        hint = "" if isinstance(error, ConfigError) else " (KDRL_TRACEBACK=1 shows where)"
-        print(f"error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else USAGE_ERROR
+        line, status = said
+        print(f"error: {line}", file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Name under kdrl_jax -> floor. A package's floor is that of all its modules that have no row of their own.
 FLOORS = {
     "config": 0,
+    "signals": 0,
     "types": 0,
+    "watch": 0,
     "objective": 1,
     "sharding": 1,
     "data": 2,  # tokenizers, chat templates, tasks and sources
