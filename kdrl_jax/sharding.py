@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdrl_jax.config import MeshConfig
@@ -44,8 +45,11 @@ DECODE_RULES = {**RULES, "D": None}
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over the devices.
 
+    `tensor` lies on neighbours. Of several TPU slices each holds whole rows of `data`, so that no other axis
+    crosses the slower network between them.
+
     Raises:
-        ValueError: when the sizes do not multiply to the number of devices.
+        ValueError: when the sizes do not multiply to the number of devices, or `data` not over the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -55,7 +59,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{a}={s}" for a, s in zip(AXES, sizes, strict=True))
         raise ValueError(f"mesh {wanted} does not fit {len(devices)} devices; the product of the sizes must")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in a mesh's shape."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(sizes)
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    data, *others = sizes
+    if data % len(slices):
+        raise ValueError(
+            f"mesh.data={data} on {len(slices)} slices: between slices lies `data` alone; make it "
+            f"{len(slices)}, or a multiple of that"
+        )
+    # Each in the order in which its chips are neighbours.
+    shape = (data // len(slices), *others)
+    parts = [jax.make_mesh(shape, AXES, devices=slices[i]).devices for i in sorted(slices)]
+    return np.concatenate(parts)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -25,7 +25,7 @@ from kdrl_jax.rollout.memory import choose_slots
 from kdrl_jax.rollout.prefill import CHUNK
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.rollout.settings import EngineSettings
-from kdrl_jax.rollout.weights import decode_layout
+from kdrl_jax.rollout.weights import decode_layout, relay
 from kdrl_jax.scoring import make_scorer
 from kdrl_jax.scoring.packer import config_pack_shape, minibatch_rows
 from kdrl_jax.scoring.packing import place
@@ -268,12 +268,20 @@ class RunPrograms:
         held = self.besides()
         if c.rollout.source == "teacher" and self.setup.parks_frozen:
             held += bytes_on_chip(self.sampled_params)
+        rounds = 1 + c.rl.resample_rounds / 2
+        program, moved = relay(self.sampled, self.sampled_params, mesh)
+        if moved:
+            leaves = jax.tree.leaves(self.sampled_params)
+            given = [leaves[i] for i in moved]
+            # Its arguments are among what is held.
+            besides = held - bytes_on_chip(given)
+            yield Planned("relay", ROLLOUT, program.lower(given), besides, rounds, Given(), 0.0)
         yield Planned(
             "prefill",
             ROLLOUT,
             programs.start.lower(self.weights, *prompts),
             held,
-            1 + c.rl.resample_rounds / 2,
+            rounds,
             Given(loops={"prefill_chunks": math.ceil(engine.max_prompt_tokens / CHUNK)}),
             forward_flops(config, p * self.lengths.prompt, 0, keys_seen(config, 0, self.lengths.prompt))
             / self.chips,
@@ -296,7 +304,7 @@ class RunPrograms:
             ROLLOUT,
             programs.chunk.lower(self.weights, carry, call),
             held,
-            steps / engine.decode_chunk * (1 + c.rl.resample_rounds / 2),
+            steps / engine.decode_chunk * rounds,
             Given(
                 loops={
                     "decode_steps": engine.decode_chunk,

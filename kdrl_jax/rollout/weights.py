@@ -29,26 +29,32 @@ def decode_layout(model: Model, abstract: Params, mesh: Mesh) -> Params:
 
 def to_decode(model: Model, params: Params, mesh: Mesh) -> Params:
     """The parameters in their `decode_layout`, by one program; leaves that are so already are not copied."""
-    wanted = decode_layout(model, params, mesh)
+    program, moved = relay(model, params, mesh)
     leaves, treedef = jax.tree.flatten(params)
-    places = jax.tree.leaves(wanted)
-    moved = [i for i, (x, to) in enumerate(zip(leaves, places, strict=True)) if not _lies_as(x, to)]
-    if moved:
-        relaid = relay(tuple(places[i] for i in moved))(tuple(leaves[i] for i in moved))
-        for i, x in zip(moved, relaid, strict=True):
-            leaves[i] = x
+    relaid = program([leaves[i] for i in moved]) if moved else []
+    for i, x in zip(moved, relaid, strict=True):
+        leaves[i] = x
     return jax.tree.unflatten(treedef, leaves)
 
 
+def relay(model: Model, params: Params, mesh: Mesh) -> tuple[Any, list[int]]:
+    """The program that lays out for sampling what is not laid out so, and which leaves these are.
+
+    Args:
+        params: arrays, or abstract ones.
+    """
+    leaves, wanted = (jax.tree.leaves(x) for x in (params, decode_layout(model, params, mesh)))
+    moved = [i for i, (x, to) in enumerate(zip(leaves, wanted, strict=True)) if not _lies_as(x, to)]
+    return _program(tuple(wanted[i] for i in moved)), moved
+
+
 @functools.cache
-def relay(wanted: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    """The program that gives leaves the types and places wanted of them: rounded first, so that what crosses
-    between devices is what is multiplied."""
+def _program(wanted: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    def move(leaves: list[jax.Array]) -> list[jax.Array]:
+        # Rounded first: what crosses between devices is what is multiplied.
+        return [x.astype(to.dtype) for x, to in zip(leaves, wanted, strict=True)]
 
-    def move(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(x.astype(to.dtype) for x, to in zip(leaves, wanted, strict=True))
-
-    return jax.jit(move, out_shardings=tuple(to.sharding for to in wanted))
+    return jax.jit(move, out_shardings=[to.sharding for to in wanted])
 
 
 def _lies_as(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> bool:

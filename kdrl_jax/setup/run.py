@@ -1,7 +1,7 @@
 """A config to all that a run works with: mesh, tokenizer, models, optimizer."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from kdrl_jax.models.decoder import FrozenModel, Model, make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.optim import make_optimizer, opt_state_shardings
 from kdrl_jax.pairing import Side, compare
+from kdrl_jax.rollout.attention import heads_divide
 from kdrl_jax.rollout.engine import Engine
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
 from kdrl_jax.rollout.settings import EngineSettings, cache_type
@@ -170,8 +171,24 @@ def make_setup(config: Config) -> Setup:
         frozen,
         init_trainable,
         lambda role: _frozen_model(config, shapes[role], role, mesh, load),
-        (pairing.num_tokens, pairing.notes),
+        (pairing.num_tokens, (*pairing.notes, *_whole_heads(shapes, mesh))),
     )
+
+
+def _whole_heads(shapes: Mapping[Role, DecoderConfig], mesh: Mesh) -> Iterator[str]:
+    """A line for each model whose heads `tensor` does not divide."""
+    tensor = mesh.shape["tensor"]
+    for role, c in shapes.items():
+        if c.num_heads % tensor:
+            yield (
+                f"{role}: mesh.tensor={tensor} does not divide its {c.num_heads} heads; every device of "
+                "tensor attends with all of them"
+            )
+        elif not heads_divide(c, mesh):
+            yield (
+                f"{role}: mesh.tensor={tensor} does not divide its {c.num_kv_heads} heads of keys and "
+                "values; every device of tensor holds all of them while it samples"
+            )
 
 
 def abstract_setup(config: Config, mesh: Mesh, shapes: Mapping[Role, DecoderConfig], ids: Any) -> Setup:

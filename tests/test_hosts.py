@@ -1,0 +1,164 @@
+"""Jobs of several processes do what one process does, and end as one."""
+
+import os
+import re
+import signal
+import time
+
+import job
+import numpy as np
+import pytest
+import replay
+import tiny_runs
+
+UPDATES = 3
+
+
+def replayed(folder, name, *, num, devices, recorded=None, **sections):
+    """What `replay_worker` finds in a job of so many processes: (recorded, (losses, parameters))."""
+    folder.mkdir(exist_ok=True)
+    config = tiny_runs.config_file(
+        folder, **{**replay.SECTIONS, **sections}, log={"dir": str(folder / name)}, eval={"every": 0}
+    )
+    address, out = job.free_address(), folder / f"{name}.npz"
+    worker = str(job.HERE / "replay_worker.py")
+    common = [worker, str(config), str(recorded or "-"), str(out), address, str(num)]
+    with job.Job([[*common, str(i), str(devices), str(UPDATES)] for i in range(num)], folder) as started:
+        assert started.wait() == [0] * num, started.said()
+    found = dict(np.load(out))
+    parts = {
+        kind: {k.removeprefix(kind): x for k, x in found.items() if k.startswith(kind)}
+        for kind in ("recorded/", "params/")
+    }
+    return parts["recorded/"], (found["losses"], parts["params/"]), out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with four devices."""
+    return replayed(tmp_path_factory.mktemp("alone"), "alone", num=1, devices=4)
+
+
+def compare(found, expected):
+    recorded, after, _ = found
+    wanted, expected_after, _ = expected
+    for name in ("tokens_BT", "prompt_lengths_B", "completion_lengths_B", "ended_B", "rewards", "correct"):
+        np.testing.assert_array_equal(recorded[name], wanted[name])
+    np.testing.assert_array_equal(recorded["sources"], wanted["sources"])
+    replay.close(after, expected_after)
+
+
+def save_recorded(found, path):
+    np.savez(path, **found[0])
+    return path
+
+
+@pytest.mark.parametrize("tensor", [1, 4], ids=["rows over hosts", "tensor over hosts"])
+def test_two_processes_are_one(tmp_path, alone, tensor):
+    given = save_recorded(alone, tmp_path / "recorded.npz")
+    found = replayed(tmp_path, "two", num=2, devices=2, recorded=given, mesh={"tensor": tensor})
+    compare(found, alone)
+
+
+def test_updates_have_something_to_go_by(alone):
+    """Or the comparison above would hold of anything."""
+    recorded, (losses, _), _ = alone
+    assert np.ptp(losses) > 1e-3 * np.abs(losses).max()
+    assert 0 < recorded["correct"].mean() < 1
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(tmp_path):
+    alone = replayed(tmp_path, "alone", num=1, devices=8)
+    given = save_recorded(alone, tmp_path / "recorded.npz")
+    compare(replayed(tmp_path, "four", num=4, devices=2, recorded=given), alone)
+
+
+# ---- A process that fails
+
+RUN = {"train": {"num_steps": 6}, "eval": {"every": 0, "agreement": False, "num_samples": 0}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of two processes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with train(folder, "run") as started:
+        assert started.wait() == [0, 0], started.said()
+    return folder / "run"
+
+
+def train(folder, name, *overrides, num=2, devices=2, **sections):
+    config = tiny_runs.config_file(folder, **{**RUN, **sections})
+    return job.train(config, folder, f"log.dir={folder / name}", *overrides, num=num, devices=devices)
+
+
+def wait_for_lines(file, num, started, limit_s=300):
+    end = time.monotonic() + limit_s
+    while not file.exists() or len(file.read_text().splitlines()) < num:
+        assert time.monotonic() < end, started.said()
+        assert started.processes[0].poll() is None, started.said()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_pair_resumes_bitwise(tmp_path, uninterrupted, killed):
+    with train(tmp_path, "run") as started:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, started)  # the checkpoint is of step 2
+        started.processes[killed].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        status = started.processes[1 - killed].wait(60)
+        assert time.monotonic() - began < 10, "at once, and not only after mesh.host_timeout_s"
+        assert status == 1
+        said = started.said(1 - killed)
+        assert f"error: process {killed} " in said
+        assert "it was killed, or its host is gone" in said
+    assert not (tmp_path / "run" / "done.json").exists()
+    with train(tmp_path, "run") as resumed:
+        assert resumed.wait() == [0, 0], resumed.said()
+        assert "resumed at step" in resumed.said(0)
+    tiny_runs.assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_process_that_stands_still_ends_the_job(tmp_path):
+    with train(tmp_path, "run", "mesh.host_timeout_s=5.0", "train.num_steps=500") as started:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, started)
+        started.processes[1].send_signal(signal.SIGSTOP)
+        assert started.processes[0].wait(15) == 1
+        assert re.search(r"error: process 1 .* has not been heard from for [5-7] s", started.said(0))
+
+
+def test_an_error_on_one_host_is_told_on_all(tmp_path):
+    with train(tmp_path, "run", "train.num_steps=500") as started:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, started)
+        # A full disk, a folder that someone has removed: only the first process writes there.
+        (tmp_path / "run" / "rollouts").rename(tmp_path / "run" / "gone")
+        (tmp_path / "run" / "rollouts").write_text("a file where a folder was")
+        first, second = started.wait(60)
+        assert (first, second) == (2, 1)
+        assert "error: [Errno" in started.said(0)
+        assert "error: process 0 " in started.said(1)
+        assert "rollouts" in started.said(1)
+
+
+def test_a_signal_to_one_process_stops_and_saves_all(tmp_path):
+    with train(tmp_path, "run", "train.num_steps=500") as started:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, started)
+        os.kill(started.processes[1].pid, signal.SIGTERM)
+        assert started.wait(60) == [143, 143], started.said()
+        assert "stopped and saved at step" in started.said(0)
+        assert "stopped and saved" not in started.said(1), "the first process speaks"
+
+
+def test_folders_of_their_own_are_refused(tmp_path):
+    """Two hosts without a shared file system."""
+    config = tiny_runs.config_file(tmp_path, **RUN)
+    address = job.free_address()
+    join = ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    commands = [
+        ["-m", "kdrl_jax.main", "--config", str(config), *join, str(i), f"log.dir={tmp_path / str(i)}"]
+        for i in range(2)
+    ]
+    with job.Job(commands, tmp_path) as started:
+        assert 2 in started.wait(120)
+        assert "is not one folder to all hosts (1 of 2 do not see it)" in started.said()
