@@ -181,14 +181,13 @@ def _is_model(path: Path) -> bool:
 
 
 def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
-    from rich.console import Console
-
     from kdrl_jax import hosts
+    from kdrl_jax.progress import make_console
     from kdrl_jax.report import report
     from kdrl_jax.runs import is_complete
     from kdrl_jax.train import train
 
-    console = Console(quiet=not hosts.is_first())
+    console = make_console(quiet=not hosts.is_first())
     if hosts.of_first(is_complete(config)):
         console.print(f"{config.run_dir} is complete; raise train.num_steps to go on", highlight=False)
     if not train(config, console, stop, resume=is_run):
@@ -199,36 +198,33 @@ def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
 
 
 def run_eval(config: Config, stop: StopRequest, is_run: bool) -> int:
-    from rich.console import Console
-
     from kdrl_jax import hosts
     from kdrl_jax.eval import evaluate
+    from kdrl_jax.progress import make_console
 
-    console = Console(quiet=not hosts.is_first())
+    console = make_console(quiet=not hosts.is_first())
     return 0 if evaluate(config, console, stop, is_run=is_run) else stop.status
 
 
 def run_plan(config: Config) -> int:
-    from rich.console import Console
-
     from kdrl_jax.plan.command import plan
+    from kdrl_jax.progress import make_console
     from kdrl_jax.rollout.engine import Stopped
 
     stop = StopRequest("ending after the program that is compiled now")
     stop.install()
     flags = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     try:
-        return 0 if plan(config, Console(), stop, flags) else 1
+        return 0 if plan(config, make_console(), stop, flags) else 1
     except Stopped:
         raise Ended(stop.signal or signal.SIGINT) from None
 
 
 def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
-    from rich.console import Console
-
+    from kdrl_jax.progress import make_console
     from kdrl_jax.report import report
 
-    report(Path(config.run_dir), Console())
+    report(Path(config.run_dir), make_console())
     return 0
 
 
@@ -245,11 +241,10 @@ def run_sample(config: Config, options: SampleOptions, is_run: bool) -> None:
 
 
 def run_export(config: Config, options: ExportOptions, is_run: bool) -> None:
-    from rich.console import Console
-
     from kdrl_jax.export import export
+    from kdrl_jax.progress import make_console
 
-    export(config, options, Console(), is_run=is_run)
+    export(config, options, make_console(), is_run=is_run)
 
 
 def _take_cpu_apart(config: Config) -> None:

@@ -11,6 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_EVERY_S = 10.0
 
 
+def make_console(*, quiet: bool = False) -> Console:
+    """Of stdout: a terminal only where a line can be written over. Notebooks ask programs for colours
+    (FORCE_COLOR), which rich takes for one, and keep every line."""
+    console = Console(quiet=quiet)
+    return console if console.file.isatty() else Console(quiet=quiet, force_terminal=False)
+
+
 class Reporter:
     """Shows the steps of one run: numbers, tokens per second and the time left.
 
