@@ -9,6 +9,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from kdrl_jax.paths import absolute
 from kdrl_jax.types import Params, TrainState
 
 
@@ -22,7 +23,7 @@ class Checkpoints:
             keep: newest checkpoints kept; None keeps all.
             write: make the folder if it is not there.
         """
-        self.directory = Path(run_dir).resolve() / "checkpoints"
+        self.directory = absolute(run_dir) / "checkpoints"
         if not write and not self.directory.is_dir():
             raise ValueError(f"{self.directory} does not exist; train the run first")
         options = ocp.CheckpointManagerOptions(

@@ -2,7 +2,6 @@
 student as a config starts it."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +11,7 @@ from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config
 from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.metrics import write_json
+from kdrl_jax.paths import as_path
 from kdrl_jax.rewards.pool import RewardPool
 from kdrl_jax.rollout.engine import Stopped
 from kdrl_jax.setup import Setup, make_setup
@@ -69,7 +69,7 @@ def evaluate(config: Config, console: Console, should_stop: Callable[[], bool], 
             return False
     console.print(_table(results, step))
     if is_run and hosts.is_first():
-        write_json(Path(config.run_dir) / "eval" / "eval.json", {"step": step} | results)
+        write_json(as_path(config.run_dir) / "eval" / "eval.json", {"step": step} | results)
     return True
 
 

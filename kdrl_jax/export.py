@@ -17,6 +17,7 @@ from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.models import tensors
 from kdrl_jax.models.hf import read_json
 from kdrl_jax.models.hf_write import DTYPES, stored_dtype, write_json, write_tensors
+from kdrl_jax.paths import is_remote
 from kdrl_jax.setup import SingleModel, make_single
 
 _GIB = 1 << 30
@@ -35,6 +36,8 @@ def export(config: Config, options: ExportOptions, console: Console, *, is_run: 
     Raises:
         ValueError: an `out` that holds something, no such checkpoint, or numbers that the type cannot hold.
     """
+    if is_remote(options.out):
+        raise ValueError(f"out={options.out} is in a bucket; export to a local folder and copy it there")
     out = Path(options.out).expanduser()
     _check_free(out)
     if options.step is not None and not is_run:

@@ -39,6 +39,7 @@ from kdrl_jax.config import (
 )
 from kdrl_jax.config.base import Section
 from kdrl_jax.config.load import RUN_CONFIG
+from kdrl_jax.paths import as_path
 from kdrl_jax.signals import Ended, StopRequest, end_on_signals
 from kdrl_jax.types import TrainingError
 from kdrl_jax.watch import Watch
@@ -157,7 +158,7 @@ def load(call: Invocation) -> tuple[Config, bool]:
     Raises:
         ConfigError: with one line for the user.
     """
-    path = Path(call.config)
+    path = as_path(call.config)
     # Commands that train nothing take a model as it is.
     if call.command in ("sample", "export") and _is_model(path):
         return config_for_model(path, call.overrides), False
@@ -193,7 +194,7 @@ def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
     if not train(config, console, stop, resume=is_run):
         return stop.status
     if hosts.is_first():
-        report(Path(config.run_dir), console)
+        report(as_path(config.run_dir), console)
     return 0
 
 
@@ -224,7 +225,7 @@ def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
     from kdrl_jax.progress import make_console
     from kdrl_jax.report import report
 
-    report(Path(config.run_dir), make_console())
+    report(as_path(config.run_dir), make_console())
     return 0
 
 
@@ -388,7 +389,9 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "rollout.slots_per_device or rollout.max_new_tokens, or raise mesh.tensor; while "
             "updating, lower train.microbatch_rows or train.pack_length, or raise train.remat"
         )
-    if not isinstance(error, (ValueError, OSError, ImportError, TrainingError)):
+    # What speaks to buckets raises errors of its own (no credentials, no such bucket).
+    speaks_to_buckets = type(error).__module__.split(".")[0] in ("gcsfs", "google", "botocore", "s3fs")
+    if not (speaks_to_buckets or isinstance(error, (ValueError, OSError, ImportError, TrainingError))):
         return None
     # Most are mistakes in what was given. One line says so; the variable shows the rest.
     hint = "" if isinstance(error, ConfigError) else " (KDRL_TRACEBACK=1 shows where)"

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,9 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from kdrl_jax.paths import as_path, is_remote, make_folder, write_whole
 from kdrl_jax.types import Metrics
 
 FILE = "metrics.jsonl"
+REWRITE_S = 10.0
+"""Seconds between two versions of the file in a bucket; they take one a second."""
 
 
 class MetricsWriter:
@@ -23,27 +25,43 @@ class MetricsWriter:
 
     def __init__(self, run_dir: str | Path, first_step: int):
         """Drops lines of steps from `first_step` on: a resumed run writes them again."""
-        self._path = Path(run_dir) / FILE
-        kept = [m for m in read_metrics(run_dir) if m["step"] < first_step]
-        write_atomically(self._path, "".join(_line(m) for m in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._path = as_path(run_dir) / FILE
+        self._lines = [_line(m) for m in read_metrics(run_dir) if m["step"] < first_step]
+        self._unwritten = True
+        self.flush()
+        self._file = None if is_remote(self._path) else self._path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Writes one step's scalars; a value that is not finite is written as null."""
-        self._file.write(_line(metrics))
-        self._file.flush()
+        """Writes one step's scalars; a value that is not finite is written as null. In a bucket, where a file
+        is written anew for every change, a step is written at most `REWRITE_S` later."""
+        if self._file is not None:
+            self._file.write(_line(metrics))
+            self._file.flush()
+            return
+        self._lines.append(_line(metrics))
+        self._unwritten = True
+        if time.monotonic() - self._written >= REWRITE_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Everything that was given is in the file."""
+        if self._unwritten:
+            write_whole(self._path, "".join(self._lines))
+            self._unwritten, self._written = False, time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
     """All whole lines of a run's metrics. A last line cut off by a crash is left out."""
-    path = Path(run_dir) / FILE
+    path = as_path(run_dir) / FILE
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -63,20 +81,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+    make_folder(path.parent)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def repeated_ngrams(completions: Sequence[np.ndarray], n: int = 4) -> tuple[int, int]:
@@ -117,12 +125,12 @@ def reward_metrics(rewards_B: np.ndarray, correct_B: np.ndarray, num_errors: int
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a file of JSON lines whole, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    make_folder(path.parent)
+    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text("utf-8"))
 
 
 class Compiles:

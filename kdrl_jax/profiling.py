@@ -1,8 +1,12 @@
 """Traces of some steps, for xprof."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
+
+from kdrl_jax.paths import is_remote
 
 
 class Profiler:
@@ -11,6 +15,8 @@ class Profiler:
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps
+        # Traces are written to disks alone.
+        self._local = tempfile.mkdtemp(prefix="kdrl_jax_profile_") if steps and is_remote(folder) else None
         self._running = False
 
     def at(self, step: int, end: int) -> None:
@@ -20,7 +26,7 @@ class Profiler:
         first, last = self._steps
         if not self._running and step < last and end > first:
             self._running = True
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._local or self._folder)
         elif self._running and step >= last:
             self.close()
 
@@ -29,3 +35,7 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._local is not None:
+                for file in Path(self._local).rglob("*.*"):
+                    (self._folder / file.relative_to(self._local)).write_bytes(file.read_bytes())
+                shutil.rmtree(self._local)

@@ -1,5 +1,6 @@
 """A finished (or running) run in one table and one picture."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_jax.metrics import read_json, read_metrics
+from kdrl_jax.paths import write_whole
 
 # What is drawn, if the run has it: title, and the metrics in one panel.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -103,10 +105,10 @@ def _plot(metrics: list[Any], evaluations: dict[str, dict[str, Any]], path: Path
         ax.set_visible(False)
     fig.suptitle(title)
     fig.tight_layout()
-    partial = path.with_name(path.name + ".tmp")
-    fig.savefig(partial, dpi=110, format="png")
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110, format="png")
     plt.close(fig)
-    partial.replace(path)
+    write_whole(path, picture.getvalue())
 
 
 def _is_shown(key: str, value: float | None) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 from kdrl_jax import hosts
 from kdrl_jax.config import Config, ModelConfig, differences, load_config, load_run_config
 from kdrl_jax.metrics import read_json
+from kdrl_jax.paths import as_path, make_folder
 
 Role = str
 """A model's place in a config: `student`, `teacher` or `teachers.NAME`, `reference`."""
@@ -25,12 +26,12 @@ def model_of(config: Config, role: Role) -> ModelConfig:
 
 def _directory(config: Config, role: Role) -> Path:
     """Where the run that a role's model comes from lives, if it is trained for this run."""
-    return Path(config.run_dir, *role.split("."))
+    return as_path(config.run_dir).joinpath(*role.split("."))
 
 
 def is_complete(config: Config) -> bool:
     """Whether the run has been trained to its last step and evaluated."""
-    done = Path(config.run_dir) / "done.json"
+    done = as_path(config.run_dir) / "done.json"
     return done.exists() and read_json(done)["step"] >= config.train.num_steps
 
 
@@ -40,12 +41,12 @@ def prerequisites(config: Config) -> dict[Role, Config]:
     `<run>/reference`."""
     found = {}
     for role, model in roles(config).items():
-        if model.run is None or Path(model.run).is_dir():
+        if model.run is None or as_path(model.run).is_dir():
             continue
         directory = _directory(config, role)
         # Without the file it came from, a run that was started goes on as it was.
-        source = model.run if Path(model.run).exists() else directory / "config.yaml"
-        if not Path(source).is_file():
+        source = model.run if as_path(model.run).exists() else directory / "config.yaml"
+        if not as_path(source).is_file():
             raise FileNotFoundError(f"{role}.run={model.run}: no such config file or run directory")
         fixed = {"seed": config.seed, "log": {"dir": str(directory)}}
         found[role] = load_config(source, fixed=fixed)
@@ -57,13 +58,13 @@ def run_of(config: Config, role: Role) -> Path | None:
     model = roles(config).get(role)
     if model is None or model.run is None:
         return None
-    named = Path(model.run)
+    named = as_path(model.run)
     return named if named.is_dir() else _directory(config, role)
 
 
 def check_same_run(config: Config) -> None:
     """A run directory goes on with the settings it was started with, unless it is named itself."""
-    if not (Path(config.run_dir) / "config.yaml").exists():
+    if not (as_path(config.run_dir) / "config.yaml").exists():
         return
     before = load_run_config(config.run_dir).model_dump(mode="json")
     now = config.model_dump(mode="json")
@@ -85,7 +86,7 @@ def check_shared(run_dir: Path) -> None:
         ValueError: some do not see what the first one has written.
     """
     if hosts.is_first():
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
     if hosts.num_processes() == 1:
         return
     mark = run_dir / ".shared"

@@ -5,8 +5,6 @@ It goes through the code that training uses, the teacher's scoring and the stude
 mask, a padded column or a weight that only one of them gets wrong shows before anything is trained.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from kdrl_jax import hosts, sharding
 from kdrl_jax.config import Config
 from kdrl_jax.models.decoder import FrozenModel, Model
 from kdrl_jax.models.head import Head
+from kdrl_jax.paths import absolute
 from kdrl_jax.runs import run_of
 from kdrl_jax.scoring import (
     HeadSettings,
@@ -52,11 +51,12 @@ def same_model(config: Config) -> bool:
     student, (role, teacher) = config.student, *config.all_teachers.items()
     if student.run is not None or teacher.run is not None:
         runs = [run_of(config, "student"), run_of(config, role)]
-        return None not in runs and runs[0].resolve() == runs[1].resolve()  # type: ignore[union-attr]
+        first, second = (None if run is None else absolute(run) for run in runs)
+        return first is not None and first == second
     if student.path is None or teacher.path is None:
         # Random weights follow from shape and seed, and the seed is the run's.
         return student.architecture is not None and student.architecture == teacher.architecture
-    paths = [Path(m.path or "").expanduser().resolve() for m in (student, teacher)]
+    paths = [absolute(m.path or "") for m in (student, teacher)]
     same_file = paths[0] == paths[1] or (student.sha256 is not None and student.sha256 == teacher.sha256)
     return same_file and student.layer_indices() == teacher.layer_indices()
 

@@ -27,6 +27,7 @@ from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
 from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
 from kdrl_jax.optim import make_schedule
+from kdrl_jax.paths import as_path, make_folder
 from kdrl_jax.profiling import Profiler
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool
@@ -75,7 +76,7 @@ def train(
         ValueError, FileNotFoundError: a mistake in config or data, before anything is written; in a run
             that trains others first, its own data are only looked at after those.
         TrainingError: updates that are not finite, N in a row; a teacher that is the student's own model
-            and does not agree with it.
+            and does not agree with it; files that cannot be written any more.
     """
     if not resume:
         check_same_run(config)
@@ -84,7 +85,7 @@ def train(
         check_mesh(inner)
     if needed and hosts.is_first() and not all(map(is_complete, needed)):
         # What was asked for is written first, so that this directory can be resumed from now on.
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        make_folder(as_path(config.run_dir))
         save_config(config, config.run_dir)
     for inner in needed:
         if not train(inner, console, should_stop, within=within or config.run_dir):
@@ -92,8 +93,12 @@ def train(
     if hosts.of_first(is_complete(config)):
         return True
     setup = make_setup(config)
-    with Run(setup, Path(config.run_dir), console, should_stop, within or config.run_dir) as run:
-        return run.loop()
+    with Run(setup, as_path(config.run_dir), console, should_stop, within or config.run_dir) as run:
+        try:
+            return run.loop()
+        except OSError as error:
+            # A disk or a network, and no mistake in what was given: the same command may go on.
+            raise TrainingError(str(error)) from error
 
 
 class Run:
@@ -248,6 +253,8 @@ class Run:
     def save(self, position: dict[str, Any]) -> None:
         host = {"data": position, "last_eval": self.last_eval}
         self.reporter.stage("saving")
+        if self.writer is not None:
+            self.writer.flush()  # metrics are never behind a checkpoint
         self.checkpoints.save(int(self.state.step), self.state, host)
 
     def iteration(self) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Name under kdrl_jax -> floor. A package's floor is that of all its modules that have no row of their own.
 FLOORS = {
+    "paths": -1,  # below all, since a config may lie anywhere
     "config": 0,
     "signals": 0,
     "types": 0,

@@ -24,6 +24,14 @@ MESHES = {
 ADAMW = {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 1.0}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _reward():
+    """Workers import it by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(job.HERE))
+        yield
+
+
 def open_run(folder, mesh, **sections):
     folder.mkdir()
     tree = {**replay.SECTIONS, **ADAMW, "mesh": mesh, "log": {"dir": str(folder / "run")}, **sections}

@@ -27,6 +27,10 @@ from kdrl_jax.plan.walk import Given
         ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={1}", 4),
         ("replica_groups=mesh['a'=4,'b'=8] {'a','b':(1)2}", 8),
+        (
+            "replica_groups=mesh['a'=16,'b'=4], device_ids=([4,16]T(1,0)) {'a'}, use_global_device_ids=true",
+            16,
+        ),
         ("replica_groups={}, dimensions={0}", None),
         ("source_target_pairs={{0,1},{1,0}}", None),
     ],

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from kdrl_jax.config.errors import ConfigError, describe, show
 from kdrl_jax.config.schema import Config
+from kdrl_jax.paths import absolute, as_path, is_remote, write_whole
 
 RUN_CONFIG = "config.yaml"
 
@@ -66,12 +67,12 @@ def load_config(
     Raises:
         ConfigError: with one line for the user.
     """
-    return _load(Path(path), overrides, fixed or {})
+    return _load(as_path(path), overrides, fixed or {})
 
 
 def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads the resolved config of an existing run; its directory stays the run's directory."""
-    path = Path(run_dir) / RUN_CONFIG
+    path = as_path(run_dir) / RUN_CONFIG
     if not path.is_file():
         raise ConfigError(
             f"{run_dir}: no {RUN_CONFIG} in this directory, so it is not a run; give a config file or a run"
@@ -103,11 +104,8 @@ def config_for_model(path: str | os.PathLike[str], overrides: Sequence[str] = ()
 
 def save_config(config: Config, run_dir: str | os.PathLike[str]) -> None:
     """Writes the fully resolved config (defaults included) into the run directory, atomically."""
-    target = Path(run_dir) / RUN_CONFIG
-    partial = target.with_suffix(".tmp")
     text = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    write_whole(as_path(run_dir) / RUN_CONFIG, text)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -142,11 +140,11 @@ def _build(
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
-        where = path.resolve()
+        where = absolute(path)
         if where in seen:
             chain = " -> ".join(p.name for p in (*seen, where))
             raise ConfigError(f"{path}: configs extend each other in a circle: {chain}")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         child = f" (extended by {seen[-1].name})" if seen else ""
         raise ConfigError(f"{path}: no such config file{child}{_nearest_file(path)}") from None
@@ -208,9 +206,9 @@ def _resolve_runs(tree: dict[str, Any], folder: Path) -> None:
     models += several.values() if isinstance(several, dict) else []
     for model in models:
         if isinstance(model, dict) and isinstance(model.get("run"), str):
-            beside = os.path.join(folder, model["run"])
-            if os.path.exists(beside):
-                model["run"] = os.path.normpath(beside)
+            beside = as_path(model["run"]) if is_remote(model["run"]) else folder / model["run"]
+            if beside.exists():
+                model["run"] = str(beside) if is_remote(beside) else os.path.normpath(beside)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any, Protocol
 
 from kdrl_jax.config.data import JsonlSourceConfig, SourceConfig, TaskSourceConfig
 from kdrl_jax.data.tasks import task_row
+from kdrl_jax.paths import absolute, as_path, open_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +91,18 @@ class JsonlSource:
     in_memory = True
 
     def __init__(self, config: JsonlSourceConfig):
-        path = Path(config.path)
+        path = as_path(config.path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"data file {config.path}: no such file (looked at {path.absolute()}); paths in "
+                f"data file {config.path}: no such file (looked at {absolute(path)}); paths in "
                 "data.train and data.eval are relative to the working directory"
             )
         self.name = path.name
         self._path = config.path
         self._rows: list[Row] = []
         self._lines: list[int] = []
-        # utf-8-sig: a byte order mark at the start, as some editors write it, is not part of the data.
         try:
-            with path.open(encoding="utf-8-sig") as file:
+            with open_text(path) as file:
                 for number, line in enumerate(file, 1):
                     if config.first is not None and len(self._rows) == config.first:
                         break

@@ -13,6 +13,7 @@ from kdrl_jax.models.families import Family, family_named
 from kdrl_jax.models.gguf import GGUFFile
 from kdrl_jax.models.hf import SafetensorsFolder, read_config
 from kdrl_jax.models.tensors import Row, TensorFile
+from kdrl_jax.paths import is_remote
 from kdrl_jax.types import Params
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -72,6 +73,11 @@ def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSourc
             raise ValueError("architecture is given without the size of a vocabulary; give a tokenizer")
         return _from_architecture(config.architecture, vocab_size)
     assert config.path is not None
+    if is_remote(config.path):
+        raise ValueError(
+            f"path={config.path!r} is in a bucket, and weights are read from disks: copy them to each host "
+            "(on a TPU slice tpu/setup.sh --prepare does) and give that folder"
+        )
     path = Path(config.path).expanduser()
     if not path.exists() and _HUB_NAME.fullmatch(config.path) and path.suffix != ".gguf":
         path = _download(config.path)

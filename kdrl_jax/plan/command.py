@@ -9,7 +9,7 @@ from rich.status import Status
 from rich.table import Table
 
 from kdrl_jax.config import Config
-from kdrl_jax.metrics import write_atomically
+from kdrl_jax.paths import as_path, make_folder, write_whole
 from kdrl_jax.plan import tables
 from kdrl_jax.plan.fit import Plan, Planner, change_words, mean_lengths
 from kdrl_jax.plan.shapes import model_shapes
@@ -39,7 +39,7 @@ def plan(config: Config, console: Console, should_stop: Callable[[], bool], flag
     slices = [(name, *make_topology(name)) for name in names]
     shapes = model_shapes(config)
     kept = None if config.cache_dir is None else Path(config.cache_dir).expanduser() / "plan"
-    folder = Path(config.run_dir) / "plan"
+    folder = as_path(config.run_dir) / "plan"
     text, plans = [], []
     for name, chip, devices in slices:
         with console.status(f"{name}: {SLOWEST}") as status:
@@ -65,10 +65,10 @@ def plan(config: Config, console: Console, should_stop: Callable[[], bool], flag
         text.append(tables.markdown("Slices", tables.COMPARISON, rows))
     for line in tables.footnotes():
         console.print(line, style="dim", highlight=False)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     page = [f"# Plan of {config.name}", "", *text, *tables.footnotes(), ""]
-    write_atomically(folder / "plan.md", "\n".join(page))
-    write_atomically(folder / "plan.json", tables.as_json(plans))
+    write_whole(folder / "plan.md", "\n".join(page))
+    write_whole(folder / "plan.json", tables.as_json(plans))
     console.print(f"written: {folder}/plan.md and plan.json", highlight=False)
     return all(p.fits for p in plans)
 

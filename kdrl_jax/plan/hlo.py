@@ -149,7 +149,7 @@ class Instruction:
             return len(found.group(1).split(","))
         if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
             return int(found.group(2))
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)?\s*\{([^}]*)\}", text):
             sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
             # 'a' is a whole axis; 'a':(m)n a part of one, of n devices.
             axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found.group(2))

@@ -9,6 +9,7 @@ from kdrl_jax.config import Config, ModelConfig
 from kdrl_jax.config.load import RUN_CONFIG
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.families import family_of
+from kdrl_jax.paths import as_path
 from kdrl_jax.runs import Role, model_of, prerequisites, roles
 from kdrl_jax.setup.finder import Finder, choose_tokenizer
 
@@ -110,7 +111,7 @@ def model_shapes(config: Config) -> Shapes:
 
 def _untrained(config: Config) -> dict[Role, Config]:
     inner = prerequisites(config).items()
-    return {role: c for role, c in inner if not (Path(c.run_dir) / RUN_CONFIG).exists()}
+    return {role: c for role, c in inner if not (as_path(c.run_dir) / RUN_CONFIG).exists()}
 
 
 def _published(model: ModelConfig) -> DecoderConfig | None:

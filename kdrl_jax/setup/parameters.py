@@ -19,6 +19,7 @@ from kdrl_jax.models.decoder import Model, make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.load import ModelSource
 from kdrl_jax.models.quantize import quantize_params
+from kdrl_jax.paths import as_path
 from kdrl_jax.rollout.sampling import seed_key
 from kdrl_jax.runs import run_of
 from kdrl_jax.types import Params
@@ -129,7 +130,7 @@ def _base_step(config: Config) -> int | None:
 
 def record_base(config: Config) -> None:
     """Writes down which checkpoint a run's adapters are trained on, once."""
-    file, step = Path(config.run_dir) / _BASE, _base_step(config)
+    file, step = as_path(config.run_dir) / _BASE, _base_step(config)
     if step is not None and hosts.is_first() and not file.exists():
         write_json(file, {"run": str(run_of(config, "student")), "step": step})
 
@@ -140,7 +141,7 @@ def check_base(config: Config) -> None:
     Raises:
         ValueError: the run they came from has been trained further.
     """
-    file = Path(config.run_dir) / _BASE
+    file = as_path(config.run_dir) / _BASE
     if not file.exists():
         return
     began, now = read_json(file), _base_step(config)

@@ -14,6 +14,7 @@ from kdrl_jax.models.block import Holding
 from kdrl_jax.models.decoder import Model, make_model
 from kdrl_jax.models.load import ModelSource
 from kdrl_jax.pairing import Side, compare
+from kdrl_jax.paths import as_path
 from kdrl_jax.runs import Role, model_of, roles
 from kdrl_jax.setup.finder import Finder, choose_tokenizer
 from kdrl_jax.setup.parameters import abstract_params, dtype_of, load_params, load_run
@@ -49,7 +50,7 @@ class SingleModel:
         """
         if run_dir is None:
             return self.start()
-        return self.restore(Path(run_dir), step)
+        return self.restore(as_path(run_dir), step)
 
 
 def make_single(config: Config, role: Role) -> SingleModel:

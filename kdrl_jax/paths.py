@@ -1,0 +1,84 @@
+"""Paths on this machine and in buckets (`gs://…`, `s3://…`), used alike.
+
+A bucket's path is etils' (the one that orbax takes), which speaks through fsspec. What differs there: a
+folder is there once something is in it, an object is written whole or not at all, and nothing is appended.
+"""
+
+import importlib.util
+import io
+import os
+import re
+from pathlib import Path
+from typing import IO, cast
+
+_BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+"""Scheme -> the module that speaks to it, and the extra of this package that installs it."""
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether it is in a bucket."""
+    return _scheme(path) is not None
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """The path, with pathlib's methods, wherever it is.
+
+    Raises:
+        ImportError: what speaks to such buckets is not installed; it says how to.
+        ValueError: no bucket is named, or another scheme.
+    """
+    scheme = _scheme(path)
+    if scheme is None:
+        if found := re.match(r"([a-z0-9]+)://", os.fspath(path)):
+            raise ValueError(f"{path}: {found[0]} is not supported; give gs://, s3:// or a local path")
+        return Path(path)
+    if not re.match(r"\w+://[^/]", os.fspath(path)):
+        raise ValueError(f"{path}: names no bucket; write {scheme}://BUCKET/PATH")
+    module, extra = _BACKENDS[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{path}: for {scheme}:// paths, pip install 'kdrl_jax[{extra}]' ({module})")
+    # Here, since most runs need neither.
+    import fsspec
+    from etils import epath
+
+    for protocol in ("gs", "gcs", "s3"):
+        # Other hosts write there too: what a listing said a while ago is no longer so.
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    return cast(Path, epath.Path(path))
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The path from the root: two names of one file become one, as far as that can be seen."""
+    return as_path(path) if is_remote(path) else Path(path).expanduser().resolve()
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those around it; in a bucket there is nothing to make."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all; text in UTF-8."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def open_text(path: Path) -> IO[str]:
+    """To read; a byte order mark at the start, as some editors write it, is no part of the text."""
+    if is_remote(path):
+        return io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def _scheme(path: str | os.PathLike[str]) -> str | None:
+    scheme, mark, _ = os.fspath(path).partition("://")
+    return scheme if mark and scheme in _BACKENDS else None

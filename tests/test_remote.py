@@ -1,0 +1,145 @@
+"""Runs, data and configs in buckets, against an emulator of Google Cloud Storage."""
+
+import contextlib
+import io
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from rich.console import Console
+
+from kdrl_jax import paths
+from kdrl_jax.config import load_config, load_run_config
+from kdrl_jax.main import main
+from kdrl_jax.metrics import MetricsWriter, read_metrics
+from kdrl_jax.paths import as_path
+from kdrl_jax.train import train
+
+fsspec = pytest.importorskip("fsspec")
+pytest.importorskip("gcsfs")
+emulator = pytest.importorskip("gcp_storage_emulator.server")
+
+RUN = {"train": {"num_steps": 4}, "checkpoint": {"every": 2}}
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The address of an empty bucket that is in memory."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    url = f"http://localhost:{port}"
+    # gcsfs and tensorstore each have a variable of their own; nobody asks for credentials.
+    env = {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_CLOUD_PROJECT": "project",
+        "NO_GCE_CHECK": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        server.start()
+        yield "gs://bucket"
+        server.stop()
+
+
+def test_a_run_lives_in_a_bucket(bucket, tmp_path):
+    """Stopped, resumed by its address, evaluated and reported, with data there too: bitwise a local one."""
+    rows = [f'{{"question": "{a}+{b}", "answer": "{a + b}"}}' for a in range(1, 9) for b in range(1, 9)]
+    local = tmp_path / "sums.jsonl"
+    local.write_text("\n".join(rows))
+    (as_path(bucket) / "data" / "sums.jsonl").write_text(local.read_text())
+
+    def data(path):
+        return {"train": [{"kind": "jsonl", "path": str(path)}]}
+
+    _, done = tiny_runs.run(tmp_path, "whole", data=data(local), **RUN)
+    assert done
+
+    where = f"{bucket}/runs/tiny"
+    calls = iter(range(1000))
+    remote = data(f"{bucket}/data/sums.jsonl")
+    config = load_config(tiny_runs.config_file(tmp_path, data=remote, **RUN), [f"log.dir={where}"])
+    assert not train(config, Console(quiet=True), lambda: next(calls) > 12)
+    assert not (as_path(where) / "done.json").exists()
+    assert train(load_run_config(where), Console(quiet=True), lambda: False, resume=True)
+    assert main(["eval", "--config", where]) == 0
+    assert main(["report", "--config", where]) == 0
+    assert (as_path(where) / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    fetched = tmp_path / "fetched"
+    fsspec.filesystem("gs").get(where, str(fetched), recursive=True)
+    assert (fetched / "eval" / "eval.json").exists()
+    (fetched / "eval" / "eval.json").unlink()
+    assert tiny_runs.metrics(fetched) == tiny_runs.metrics(tmp_path / "whole")
+    tiny_runs.assert_same_run(fetched, tmp_path / "whole")
+
+
+def test_metrics_are_written_whole_and_never_behind(bucket, monkeypatch):
+    where = f"{bucket}/metrics"
+    monkeypatch.setattr("kdrl_jax.metrics.REWRITE_S", 1000.0)
+    writer = MetricsWriter(where, first_step=0)
+    for step in range(3):
+        writer.write({"step": step})
+    assert read_metrics(where) == []
+    writer.flush()
+    assert [m["step"] for m in read_metrics(where)] == [0, 1, 2]
+    writer.write({"step": 3})
+    writer.close()
+    # A run that was resumed at step 2 writes the later ones again.
+    writer = MetricsWriter(where, first_step=2)
+    assert [m["step"] for m in read_metrics(where)] == [0, 1]
+    writer.close()
+
+
+def test_a_config_may_lie_in_a_bucket_and_extend_another(bucket, tmp_path):
+    folder = as_path(bucket) / "configs"
+    (folder / "base.yaml").write_text(tiny_runs.config_file(tmp_path).read_text())
+    (folder / "other.yaml").write_text("extends: base.yaml\nname: other\nteacher: {run: ../runs/tiny}\n")
+    assert load_config(f"{bucket}/configs/other.yaml").name == "other"
+    with pytest.raises(ValueError, match=r"gs://bucket/configs/none\.yaml: no such config file"):
+        load_config(f"{bucket}/configs/none.yaml")
+
+
+def said(capfd, *argv):
+    """(exit status, the error line)."""
+    status = main([*argv])
+    return status, capfd.readouterr().err.strip().splitlines()[-1]
+
+
+def test_mistakes_are_one_line(bucket, tmp_path, capfd, monkeypatch):
+    config = str(tiny_runs.config_file(tmp_path))
+    status, line = said(capfd, "--config", config, "log.dir=gs:///run")
+    assert status == 2
+    assert line.startswith("error: gs:///run: names no bucket; write gs://BUCKET/PATH")
+    status, line = said(capfd, "--config", config, "log.dir=hdfs://x/run")
+    assert status == 2
+    assert "hdfs:// is not supported; give gs://, s3:// or a local path" in line
+    status, line = said(capfd, "--config", config, "log.dir=gs://no-such-bucket/run")
+    assert status in (1, 2)
+    assert line.startswith("error: ")
+    status, line = said(capfd, "--config", f"{bucket}/runs/absent")
+    assert status == 2
+    assert "no such config file" in line
+    status, line = said(capfd, "--config", config, f"student={{path: {bucket}/model}}")
+    assert status == 2
+    assert "is in a bucket, and weights are read from disks" in line
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    status, line = said(capfd, "--config", config, "log.dir=s3://bucket/run")
+    assert status == 2
+    assert "for s3:// paths, pip install 'kdrl_jax[s3]' (s3fs)" in line
+
+
+def test_local_paths_stay_what_they_are(tmp_path):
+    assert type(as_path(tmp_path / "x")) is type(Path())
+    assert not paths.is_remote("runs/gs:/x")
+    assert paths.absolute("~/x") == Path.home() / "x"
+    paths.write_whole(tmp_path / "x", "é")
+    assert (tmp_path / "x").read_text("utf-8") == "é"
+    assert os.listdir(tmp_path) == ["x"]
+    shutil.rmtree(tmp_path)
