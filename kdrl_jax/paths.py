@@ -35,7 +35,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if not re.match(r"\w+://[^/]", os.fspath(path)):
         raise ValueError(f"{path}: names no bucket; write {scheme}://BUCKET/PATH")
     module, extra = _BACKENDS[scheme]
-    if importlib.util.find_spec(module) is None:
+    if not _is_installed(module):
         raise ImportError(f"{path}: for {scheme}:// paths, pip install 'kdrl_jax[{extra}]' ({module})")
     # Here, since most runs need neither.
     import fsspec
@@ -77,6 +77,10 @@ def open_text(path: Path) -> IO[str]:
     if is_remote(path):
         return io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _scheme(path: str | os.PathLike[str]) -> str | None:

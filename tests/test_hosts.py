@@ -101,7 +101,7 @@ def wait_for_lines(file, num, started, limit_s=300):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_and_the_pair_resumes_bitwise(tmp_path, uninterrupted, killed):
     with train(tmp_path, "run") as started:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, started)  # the checkpoint is of step 2

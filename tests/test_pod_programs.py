@@ -32,9 +32,10 @@ PAPER = [
 ]
 PODS = {
     "v5e:4x4": ("mesh.fsdp=16",),
-    "v5e:4x4 with tensor": ("mesh.fsdp=8", "mesh.tensor=2"),
     "v5p:4x4x4": ("mesh.data=4", "mesh.fsdp=16"),
+    "v5e:4x4 with tensor": ("mesh.fsdp=8", "mesh.tensor=2"),
 }
+SLOW = ("v5e:4x4 with tensor",)
 
 
 class Pod:
@@ -95,10 +96,12 @@ def whole_bytes(tree):
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.fixture(scope="module", params=PODS.items(), ids=PODS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PODS],
+)
 def pod(request):
-    name, overrides = request.param
-    return Pod(name.split()[0], overrides)
+    return Pod(request.param.split()[0], PODS[request.param])
 
 
 def test_moments_are_not_replicated(pod):
@@ -169,6 +172,7 @@ def test_parameters_are_laid_out_for_sampling_by_a_program_of_its_own(pod):
     assert bytes_on_chip(pod.run.weights) <= 1.01 * bfloat16
 
 
+@pytest.mark.slow
 def test_between_slices_lies_data_alone():
     """Two slices of v5e:4x4: all that crosses is what gradients and sums come to."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices

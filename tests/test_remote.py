@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tiny_runs
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from kdrl_jax import paths
 from kdrl_jax.config import load_config, load_run_config
+from kdrl_jax.data.sources import open_source
 from kdrl_jax.main import main
 from kdrl_jax.metrics import MetricsWriter, read_metrics
 from kdrl_jax.paths import as_path
@@ -80,6 +82,31 @@ def test_a_run_lives_in_a_bucket(bucket, tmp_path):
     tiny_runs.assert_same_run(fetched, tmp_path / "whole")
 
 
+class Memory(fsspec.get_filesystem_class("memory")):
+    protocol = "s3"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+    """s3:// without Amazon."""
+    monkeypatch.setattr(paths, "_is_installed", lambda module: True)
+    fsspec.register_implementation("s3", Memory, clobber=True)
+    yield "s3://bucket"
+    fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
+
+
+def test_data_and_configs_are_read_from_s3(in_memory, tmp_path):
+    sums = as_path(in_memory) / "data" / "sums.jsonl"
+    sums.write_text('{"question": "1+1", "answer": "2"}\n')
+    config = as_path(in_memory) / "configs" / "a.yaml"
+    data = {"train": [{"kind": "jsonl", "path": str(sums)}]}
+    config.write_text(tiny_runs.config_file(tmp_path, data=data).read_text())
+    (source,) = load_config(config).data.train
+    assert open_source(source, False)[0].question == "1+1"
+
+
 def test_metrics_are_written_whole_and_never_behind(bucket, monkeypatch):
     where = f"{bucket}/metrics"
     monkeypatch.setattr("kdrl_jax.metrics.REWRITE_S", 1000.0)
@@ -129,8 +156,11 @@ def test_mistakes_are_one_line(bucket, tmp_path, capfd, monkeypatch):
     status, line = said(capfd, "--config", config, f"student={{path: {bucket}/model}}")
     assert status == 2
     assert "is in a bucket, and weights are read from disks" in line
-    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
     status, line = said(capfd, "--config", config, "log.dir=s3://bucket/run")
+    assert status == 2
+    assert "orbax, which writes the checkpoints, does not know s3://" in line
+    monkeypatch.setattr(paths, "_is_installed", lambda module: False)
+    status, line = said(capfd, "--config", "s3://bucket/config.yaml")
     assert status == 2
     assert "for s3:// paths, pip install 'kdrl_jax[s3]' (s3fs)" in line
 

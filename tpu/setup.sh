@@ -4,19 +4,19 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 about=(
-    "tpu/setup.sh --name NAME --zone ZONE [--extras tpu,math] [--prepare 'COMMAND']"
+    "tpu/setup.sh --name NAME --zone ZONE [--extras tpu,gcs,math] [--prepare 'COMMAND']"
     ""
     "Copies the files that git tracks here, as they are now, to every worker, and installs them in a virtual"
     "environment of their own. Do it again after each change: what is installed already takes no time."
 )
 slice_options
-option extras NAMES "extras of pyproject.toml to install" tpu
+option extras NAMES "extras of pyproject.toml to install" tpu,gcs
 option prepare COMMAND "run on every worker in the copy afterwards, such as: gcloud storage cp -r gs://BUCKET/data ."
 parse_options "$@"
 no_words
 check_slice
 need extras
-check extras '^[a-z0-9]+(,[a-z0-9]+)*$' "give names separated by commas, such as tpu,math"
+check extras '^[a-z0-9]+(,[a-z0-9]+)*$' "give names separated by commas, such as tpu,gcs,math"
 missing=$(git -C "$repository" ls-files --deleted | head -n 1)
 [[ -z $missing ]] || mistake "$missing: git tracks it, but it is gone; git rm it, or git checkout it"
 

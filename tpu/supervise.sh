@@ -15,7 +15,7 @@ about=(
 )
 slice_options
 request_options
-option extras NAMES "extras of pyproject.toml to install" tpu
+option extras NAMES "extras of pyproject.toml to install" tpu,gcs
 option prepare COMMAND "run on every worker after each setup, such as: gcloud storage cp -r gs://BUCKET/data ."
 run_command_options
 option max-recreations N "times that the slice is requested again" 20
