@@ -62,9 +62,10 @@ class Hosts:
         if self.coordinator is not None:
             return self.coordinator.rpartition(":")[0]
         # The address that the others see: of the interface that leads out. Nothing is sent.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
             out.connect(("192.0.2.1", 9))
             return str(out.getsockname()[0])
+        return socket.gethostname()
 
 
 def read_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Hosts | None:

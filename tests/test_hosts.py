@@ -74,6 +74,47 @@ def test_four_processes_are_one(tmp_path):
     compare(replayed(tmp_path, "four", num=4, devices=2, recorded=given), alone)
 
 
+EVERYTHING = {
+    "student": {"architecture": replay.SHAPE, "lora": {"rank": 2}},
+    "teachers": {
+        "small": {"architecture": replay.SHAPE},
+        "large": {"architecture": {**replay.SHAPE, "hidden_size": 64}},
+    },
+    "teacher": None,
+    "data": {
+        "train": [
+            {**tiny_runs.TASK, "teacher": "small"},
+            {**tiny_runs.TASK, "max_value": 5, "teacher": "large"},
+        ],
+        "eval": [{**tiny_runs.TASK, "split": "heldout"}],
+    },
+    "rollout": {"group_size": 2, "max_new_tokens": 12, "stop": ["7", "+3"]},
+    "reward": {"verifier": "some_reward:variety", "overlong_buffer": 4},
+    "rl": {"resample_rounds": 1},
+    "kd": {"estimator": "full"},
+    "train": {"num_steps": 4, "num_minibatches": 2, "num_epochs": 2, "park_optimizer": True},
+    "eval": {"every": 0, "agreement": False, "num_prompts": 5},
+}
+
+
+@pytest.mark.slow
+def test_everything_that_hosts_tell_each_other(tmp_path):
+    """Stop texts, replaced groups, teachers by source, several minibatches, adapters, parked moments: one
+    iteration of it, and evaluations before and after."""
+    for name, num, devices in (("one", 1, 4), ("two", 2, 2)):
+        with train(tmp_path, name, num=num, devices=devices, **EVERYTHING) as started:
+            assert started.wait() == [0] * num, started.said()
+    one, two = (tiny_runs.metrics(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    assert one[0]["reward/rounds"] > 1
+    for file in ("eval/step_000000.json", "rollouts/step_000000.jsonl"):
+        assert (tmp_path / "one" / file).read_text()[:300] == (tmp_path / "two" / file).read_text()[:300]
+
+
 # ---- A process that fails
 
 RUN = {"train": {"num_steps": 6}, "eval": {"every": 0, "agreement": False, "num_samples": 0}}
