@@ -1,4 +1,4 @@
-"""Runs, data and configs in buckets, against an emulator of Google Cloud Storage."""
+"""Runs, data and configs in buckets, against emulators of Google Cloud Storage and of S3."""
 
 import contextlib
 import io
@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import tiny_runs
@@ -21,7 +20,6 @@ from kdrl_jax.metrics import MetricsWriter, read_metrics
 from kdrl_jax.paths import as_path
 from kdrl_jax.train import train
 
-fsspec = pytest.importorskip("fsspec")
 # Before gcsfs is imported: the emulator cannot be asked what kind of bucket it has, and need not be.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 pytest.importorskip("gcsfs")
@@ -58,22 +56,46 @@ def bucket():
         server.stop()
 
 
-def test_a_run_lives_in_a_bucket(bucket, tmp_path, capsys):
-    """Stopped, resumed by its address, evaluated and reported, with data there too: bitwise a local one."""
+@pytest.fixture(scope="module")
+def s3_bucket():
+    """The same in S3, by moto."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("localhost", 0, verbose=False)
+    server.start()
+    env = {
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        paths.filesystem("s3://bucket").mkdir("bucket")
+        yield "s3://bucket"
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """Questions in a file, and an uninterrupted run on them, on a disk."""
+    folder = tmp_path_factory.mktemp("local")
     rows = [f'{{"question": "{a}+{b}", "answer": "{a + b}"}}' for a in range(1, 9) for b in range(1, 9)]
-    local = tmp_path / "sums.jsonl"
-    local.write_text("\n".join(rows))
-    (as_path(bucket) / "data" / "sums.jsonl").write_text(local.read_text())
-
-    def data(path):
-        return {"train": [{"kind": "jsonl", "path": str(path)}]}
-
-    _, done = tiny_runs.run(tmp_path, "whole", data=data(local), **RUN)
+    file = folder / "sums.jsonl"
+    file.write_text("\n".join(rows))
+    _, done = tiny_runs.run(folder, "whole", data={"train": [{"kind": "jsonl", "path": str(file)}]}, **RUN)
     assert done
+    return file, folder / "whole"
 
-    where = f"{bucket}/runs/tiny"
+
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_a_run_lives_in_a_bucket(store, sums, tmp_path, request, capsys):
+    """Stopped, resumed by its address, evaluated and reported, with data there too: bitwise a local one."""
+    address = request.getfixturevalue(store)
+    (as_path(address) / "data" / "sums.jsonl").write_bytes(sums[0].read_bytes())
+    where = f"{address}/runs/tiny"
     calls = iter(range(1000))
-    remote = data(f"{bucket}/data/sums.jsonl")
+    remote = {"train": [{"kind": "jsonl", "path": f"{address}/data/sums.jsonl"}]}
     config = load_config(tiny_runs.config_file(tmp_path, data=remote, **RUN), [f"log.dir={where}"])
     assert not train(config, Console(quiet=True), lambda: next(calls) > 24)
     assert not (as_path(where) / "done.json").exists()
@@ -87,40 +109,15 @@ def test_a_run_lives_in_a_bucket(bucket, tmp_path, capsys):
     assert main(["eval", "--config", where]) == 0
     assert main(["report", "--config", where]) == 0
     assert f"curves: {where}/report.png" in capsys.readouterr().out
-    assert Checkpoints(where).steps == [4]
     assert (as_path(where) / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert Checkpoints(where).steps == [4]
 
     fetched = tmp_path / "fetched"
-    fsspec.filesystem("gs").get(where, str(fetched), recursive=True)
+    paths.filesystem(where).get(where, str(fetched), recursive=True)
     assert (fetched / "eval" / "eval.json").exists()
     (fetched / "eval" / "eval.json").unlink()
-    assert tiny_runs.metrics(fetched) == tiny_runs.metrics(tmp_path / "whole")
-    tiny_runs.assert_same_run(fetched, tmp_path / "whole")
-
-
-class Memory(fsspec.get_filesystem_class("memory")):
-    protocol = "s3"
-    store: ClassVar = {}
-    pseudo_dirs: ClassVar = [""]
-
-
-@pytest.fixture
-def in_memory(monkeypatch):
-    """s3:// without Amazon."""
-    monkeypatch.setattr(paths, "_is_installed", lambda module: True)
-    fsspec.register_implementation("s3", Memory, clobber=True)
-    yield "s3://bucket"
-    fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
-
-
-def test_data_and_configs_are_read_from_s3(in_memory, tmp_path):
-    sums = as_path(in_memory) / "data" / "sums.jsonl"
-    sums.write_text('{"question": "1+1", "answer": "2"}\n')
-    config = as_path(in_memory) / "configs" / "a.yaml"
-    data = {"train": [{"kind": "jsonl", "path": str(sums)}]}
-    config.write_text(tiny_runs.config_file(tmp_path, data=data).read_text())
-    (source,) = load_config(config).data.train
-    assert open_source(source, False)[0].question == "1+1"
+    assert tiny_runs.metrics(fetched) == tiny_runs.metrics(sums[1])
+    tiny_runs.assert_same_run(fetched, sums[1])
 
 
 def test_metrics_are_written_whole_and_never_behind(bucket, monkeypatch):
@@ -156,8 +153,9 @@ def test_a_config_may_lie_in_a_bucket_and_extend_another(bucket, tmp_path):
         load_config(f"{bucket}/configs/none.yaml")
 
 
-def test_a_bucket_that_is_not_there_is_said_and_not_made(bucket, tmp_path, capfd, monkeypatch):
-    address = bucket.replace("bucket", "no-such-bucket")
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_a_bucket_that_is_not_there_is_said_and_not_made(store, tmp_path, request, capfd, monkeypatch):
+    address = request.getfixturevalue(store).replace("bucket", "no-such-bucket")
     # Nothing is loaded, or compiled, before.
     monkeypatch.setattr("kdrl_jax.train.make_setup", None)
     config = str(tiny_runs.config_file(tmp_path))
@@ -203,9 +201,6 @@ def test_mistakes_are_one_line(bucket, tmp_path, capfd, monkeypatch):
     status, line = said(capfd, "--config", config, f"student={{path: {bucket}/model}}")
     assert status == 2
     assert "is in a bucket, and weights are read from disks" in line
-    status, line = said(capfd, "--config", config, "log.dir=s3://bucket/run")
-    assert status == 2
-    assert "orbax, which writes the checkpoints, does not know s3://" in line
     monkeypatch.setattr(paths, "_is_installed", lambda module: False)
     status, line = said(capfd, "--config", "s3://bucket/config.yaml")
     assert status == 2
