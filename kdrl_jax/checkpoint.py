@@ -9,6 +9,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from kdrl_jax import hosts
+from kdrl_jax.checkpoint_copies import Copies
 from kdrl_jax.paths import absolute
 from kdrl_jax.types import Params, TrainState
 
@@ -22,24 +24,35 @@ class Checkpoints:
         Args:
             keep: newest checkpoints kept; None keeps all.
             write: make the folder if it is not there.
+
+        Raises:
+            ValueError: it is not there; or several hosts would write to a bucket that orbax does not reach.
         """
         self.directory = absolute(run_dir) / "checkpoints"
         if not write and not self.directory.is_dir():
             raise ValueError(f"{self.directory} does not exist; train the run first")
+        self._keep = keep
+        is_s3 = str(self.directory).startswith("s3://")
+        if is_s3 and hosts.num_processes() > 1:
+            raise ValueError(
+                f"{self.directory}: checkpoints of several hosts go to gs:// or a shared file system, not s3://"
+            )
+        self._copies = Copies(self.directory) if is_s3 else None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=write, enable_async_checkpointing=False
+            max_to_keep=keep if self._copies is None else 1, create=write, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        folder = self.directory if self._copies is None else self._copies.local
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     @property
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps()) if self._copies is None else self._copies.steps()
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
         """Saves, unless this step is there already. Arrays may be donated afterwards.
@@ -56,10 +69,14 @@ class Checkpoints:
             host=ocp.args.JsonSave(host),
         )
         self._manager.save(step, args=args)
+        if self._copies is not None:
+            self._copies.push(step, self._keep)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, laid out as `abstract` (shapes, types, shardings) says."""
         step = self._require()
+        if self._copies is not None:
+            self._copies.fetch(step)
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             rest=ocp.args.StandardRestore(_rest(abstract)),
@@ -81,8 +98,11 @@ class Checkpoints:
         if step is not None and step not in self.steps:
             there = ", ".join(map(str, self.steps))
             raise ValueError(f"step={step}: {self.directory} holds no such checkpoint; there are {there}")
+        step = newest if step is None else step
+        if self._copies is not None:
+            self._copies.fetch(step, "params")
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(newest if step is None else step, args=args).params
+        return self._manager.restore(step, args=args).params
 
     def _require(self) -> int:
         if self.latest_step is None:
@@ -91,6 +111,8 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        if self._copies is not None:
+            self._copies.close()
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

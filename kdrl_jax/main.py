@@ -39,7 +39,7 @@ from kdrl_jax.config import (
 )
 from kdrl_jax.config.base import Section
 from kdrl_jax.config.load import RUN_CONFIG
-from kdrl_jax.paths import as_path
+from kdrl_jax.paths import as_path, check_bucket
 from kdrl_jax.signals import Ended, StopRequest, end_on_signals
 from kdrl_jax.types import TrainingError
 from kdrl_jax.watch import Watch
@@ -158,8 +158,15 @@ def load(call: Invocation) -> tuple[Config, bool]:
 
     Raises:
         ConfigError: with one line for the user.
+        OSError: a bucket that is not there, or may not be read, of the config or of its run.
     """
-    path = as_path(call.config)
+    check_bucket(call.config)
+    config, is_run = _load(call, as_path(call.config))
+    check_bucket(config.run_dir)
+    return config, is_run
+
+
+def _load(call: Invocation, path: Path) -> tuple[Config, bool]:
     # Commands that train nothing take a model as it is.
     if call.command in ("sample", "export") and _is_model(path):
         return config_for_model(path, call.overrides), False

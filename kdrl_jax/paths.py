@@ -6,13 +6,20 @@ folder is there once something is in it, an object is written whole or not at al
 
 import importlib.util
 import io
+import logging
 import os
+import posixpath
 import re
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 _BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the module that speaks to it, and the extra of this package that installs it."""
+
+_CREDENTIALS = {
+    "gs": "the credentials (gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS)",
+    "s3": "the credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)",
+}
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -44,12 +51,57 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     for protocol in ("gs", "gcs", "s3"):
         # Other hosts write there too: what a listing said a while ago is no longer so.
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    # It prints the traceback of what it raises, too.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return cast(Path, epath.Path(path))
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
     """The path from the root: two names of one file become one, as far as that can be seen."""
     return as_path(path) if is_remote(path) else Path(path).expanduser().resolve()
+
+
+def join(folder: Path, name: str) -> Path:
+    """What a file in `folder` means by a name: one beside it, unless it is absolute or in a bucket."""
+    if is_remote(name) or os.path.isabs(name):
+        return as_path(name)
+    if not is_remote(folder):
+        return folder / name
+    # A bucket knows no `..`.
+    scheme, _, place = os.fspath(folder).partition("://")
+    found = posixpath.normpath(posixpath.join(place, name))
+    return folder / name if found.startswith(".") else as_path(f"{scheme}://{found}")
+
+
+def check_bucket(path: str | os.PathLike[str]) -> None:
+    """That the bucket of a path is there, if it is in one; libraries would make a misspelt one.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+        OSError: it cannot be asked: no credentials, or none that may.
+    """
+    scheme = _scheme(path)
+    if scheme is None:
+        return
+    bucket = "/".join(os.fspath(as_path(path)).split("/")[:3])
+    reason = "there is no such bucket"
+    try:
+        # Listing it takes fewer rights than asking for the bucket itself.
+        filesystem(path).ls(bucket, detail=False)
+        return
+    except FileNotFoundError:
+        kind: type[OSError] = FileNotFoundError
+    except Exception as error:  # each library has errors of its own
+        kind, reason = OSError, f"it cannot be read ({' '.join(str(error).split())[:200]})"
+    raise kind(f"{path}: bucket {bucket}: {reason}; check its name, and {_CREDENTIALS[scheme]}")
+
+
+def filesystem(path: str | os.PathLike[str]) -> Any:
+    """fsspec's file system of the bucket that a path is in."""
+    import fsspec
+
+    as_path(path)
+    return fsspec.filesystem(_scheme(path))
 
 
 def make_folder(path: Path) -> None:

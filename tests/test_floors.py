@@ -33,6 +33,7 @@ FLOORS = {
     "progress": 2,
     "rewards": 2,
     "checkpoint": 3,
+    "checkpoint_copies": 2,  # of checkpoints in s3://
     "data.prompts": 3,
     "pairing": 3,
     "rollout": 3,

@@ -244,11 +244,6 @@ def _check_counts(c: "Config") -> None:
             f"{c.train.updates_per_iteration} updates (train.num_minibatches x num_epochs); make it a "
             "multiple"
         )
-    if c.run_dir.startswith("s3://"):
-        raise ValueError(
-            f"log.dir={c.run_dir}: orbax, which writes the checkpoints, does not know s3://; give gs://, or "
-            "a folder that the bucket is mounted at (data and configs may lie at s3://)"
-        )
     if (steps := c.log.profile_steps) is not None and steps[0] >= steps[1]:
         raise ValueError(f"log.profile_steps={list(steps)} holds no step; write [first, last + 1]")
     longest = c.data.max_prompt_tokens + r.max_new_tokens

@@ -17,7 +17,7 @@ class _Source(Section):
 class JsonlSourceConfig(_Source):
     kind: Literal["jsonl"]
     path: str
-    """A JSON Lines file, relative to the working directory."""
+    """A JSON Lines file, relative to the working directory, or in a bucket (`gs://…`, `s3://…`)."""
     question_field: str = "question"
     answer_field: str = "answer"
     completion_field: str | None = None

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from kdrl_jax.config.errors import ConfigError, describe, show
 from kdrl_jax.config.schema import Config
-from kdrl_jax.paths import absolute, as_path, is_remote, write_whole
+from kdrl_jax.paths import absolute, as_path, is_remote, join, write_whole
 
 RUN_CONFIG = "config.yaml"
 
@@ -169,7 +169,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: extends={show(parents)}: expected a config file, or a list of them")
     merged: dict[str, Any] = {}
     for parent in parents:  # later ones over earlier ones, and the file itself over all
-        merged = _merge(merged, _read(path.parent / parent, (*seen, where)))
+        merged = _merge(merged, _read(join(path.parent, parent), (*seen, where)))
     return _merge(merged, tree)
 
 
@@ -206,7 +206,7 @@ def _resolve_runs(tree: dict[str, Any], folder: Path) -> None:
     models += several.values() if isinstance(several, dict) else []
     for model in models:
         if isinstance(model, dict) and isinstance(model.get("run"), str):
-            beside = as_path(model["run"]) if is_remote(model["run"]) else folder / model["run"]
+            beside = join(folder, model["run"])
             if beside.exists():
                 model["run"] = str(beside) if is_remote(beside) else os.path.normpath(beside)
 

@@ -194,8 +194,8 @@ class PlanConfig(Section):
 
 class LogConfig(Section):
     dir: str | None = None
-    """The run directory, here or in a bucket (gs://BUCKET/RUN); `runs/<name>` by default. All hosts of a job
-    must see it."""
+    """The run directory, here or in a bucket (gs://BUCKET/RUN, s3://BUCKET/RUN); `runs/<name>` by default.
+    All hosts of a job must see it; several cannot write checkpoints to s3://."""
     rollouts_every: Count = 10
     """Steps between rollouts written to `rollouts/` (0: never). The last step is always written."""
     rollouts_rows: Positive = 16

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from kdrl_jax.config.data import JsonlSourceConfig, SourceConfig, TaskSourceConfig
 from kdrl_jax.data.tasks import task_row
-from kdrl_jax.paths import absolute, as_path, open_text
+from kdrl_jax.paths import absolute, as_path, check_bucket, open_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ class JsonlSource:
     in_memory = True
 
     def __init__(self, config: JsonlSourceConfig):
+        check_bucket(config.path)
         path = as_path(config.path)
         if not path.is_file():
             raise FileNotFoundError(
