@@ -143,7 +143,7 @@ class Evaluator:
         should_stop: Callable[[], bool] | None,
     ) -> Results:
         engine = self._engine(model, greedy=name == "greedy", num_samples=num_samples)
-        counts = np.zeros(7, np.int32)
+        counts = np.zeros(7, np.int64)
         share = hosts.share(self._mesh, engine.settings.num_prompts).repeated(num_samples)
         for rollouts, prompts in self._generate(engine, params, on_step, name, should_stop):
             # The batch's own rows come first; each process verifies those that it answers for.

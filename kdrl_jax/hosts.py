@@ -86,6 +86,9 @@ def held(x: jax.Array) -> np.ndarray:
     `Share` counts them."""
     if x.is_fully_addressable:
         return np.asarray(x)
+    mesh = getattr(x.sharding, "mesh", None)
+    assert isinstance(mesh, Mesh)
+    assert x.sharding.is_equivalent_to(sharding.rows(mesh), x.ndim), x.sharding
     parts = {shard.index[0].indices(len(x))[0]: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
@@ -130,10 +133,11 @@ def gather(values: np.ndarray, rows: Share) -> np.ndarray:
 
 
 def total(counts: np.ndarray) -> np.ndarray:
-    """The sum over processes of int32 counts, on every process."""
+    """The sum over processes of counts from 0 to below 2**62, on every process."""
     if jax.process_count() == 1:
         return counts
-    return multihost_utils.process_allgather(counts.astype(np.int32)).sum(axis=0)
+    high, low = np.moveaxis(_gathered(counts), 1, 0).sum(axis=1)
+    return (high << 31) + low
 
 
 def agreed(question: Callable[[], bool]) -> Callable[[], bool]:
@@ -147,9 +151,14 @@ def least(number: int) -> int:
     """The smallest of the processes' numbers, from 0 to below 2**62."""
     if jax.process_count() == 1:
         return number
-    # Arrays have 32 bits.
-    halves = multihost_utils.process_allgather(np.array([number >> 31, number & 0x7FFFFFFF], np.int32))
-    return min((int(high) << 31) + int(low) for high, low in halves)
+    return min((int(high) << 31) + int(low) for high, low in _gathered(np.array(number)))
+
+
+def _gathered(numbers: np.ndarray) -> np.ndarray:
+    """int64 [processes, 2, ...]: of each, what is above the lowest 31 bits, and these; arrays have 32."""
+    numbers = numbers.astype(np.int64)
+    halves = np.stack([numbers >> 31, numbers & 0x7FFFFFFF]).astype(np.int32)
+    return np.asarray(multihost_utils.process_allgather(halves)).astype(np.int64)
 
 
 def of_first(answer: bool) -> bool:
@@ -160,7 +169,13 @@ def of_first(answer: bool) -> bool:
 
 
 def text_of_first(text: str) -> str:
-    """What the first process says; at most 255 bytes of UTF-8."""
+    """What the first process says.
+
+    Raises:
+        ValueError: more than 256 bytes of UTF-8.
+    """
+    if len(text.encode()) > 256:
+        raise ValueError(f"{text[:60]}… is too long to be told to other processes")
     if jax.process_count() == 1:
         return text
     said = multihost_utils.broadcast_one_to_all(np.frombuffer(text.encode().ljust(256), np.uint8))

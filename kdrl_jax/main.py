@@ -39,7 +39,7 @@ from kdrl_jax.config import (
 )
 from kdrl_jax.config.base import Section
 from kdrl_jax.config.load import RUN_CONFIG
-from kdrl_jax.paths import as_path, check_bucket
+from kdrl_jax.paths import as_path, check_bucket, is_outage
 from kdrl_jax.signals import Ended, StopRequest, end_on_signals
 from kdrl_jax.types import TrainingError
 from kdrl_jax.watch import Watch
@@ -328,7 +328,10 @@ def _join(job: Hosts, config: Config) -> Watch:
                 "of the first host, with --num-processes and --process-id"
             ) from error
         raise TrainingError(f"the job's processes did not meet: {str(error).splitlines()[0]}") from error
-    return Watch(jax.process_index(), jax.process_count(), text_of_first, host=job.host, timeout_s=limit)
+    try:
+        return Watch(jax.process_index(), jax.process_count(), text_of_first, host=job.host, timeout_s=limit)
+    except OSError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _run(call: Invocation) -> int:
@@ -340,14 +343,16 @@ def _run(call: Invocation) -> int:
         _keep_programs(config)
     if call.hosts is None:
         return _run_command(call, config, is_run)
-    watch = _join(call.hosts, config)
+    watch: Watch | None = None
     try:
+        watch = _join(call.hosts, config)
         status = _run_command(call, config, is_run)
     except BaseException as error:
         line, status = explain(error) or (f"a bug: {error!r}", 1)
         if explain(error) is None:
             traceback.print_exc()
-        watch.failed(line)
+        if watch is not None:
+            watch.failed(line, status)
         print(f"error: {line}", file=sys.stderr, flush=True)
         # Not by way of JAX, which would wait for the others.
         os._exit(status)
@@ -397,9 +402,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "rollout.slots_per_device or rollout.max_new_tokens, or raise mesh.tensor; while "
             "updating, lower train.microbatch_rows or train.pack_length, or raise train.remat"
         )
-    # What speaks to buckets raises errors of its own (no credentials, no such bucket).
-    speaks_to_buckets = type(error).__module__.split(".")[0] in ("gcsfs", "google", "botocore", "s3fs")
-    if not (speaks_to_buckets or isinstance(error, (ValueError, OSError, ImportError, TrainingError))):
+    if not (is_outage(error) or isinstance(error, (ValueError, ImportError, TrainingError))):
         return None
     # Most are mistakes in what was given. One line says so; the variable shows the rest.
     hint = "" if isinstance(error, ConfigError) else " (KDRL_TRACEBACK=1 shows where)"

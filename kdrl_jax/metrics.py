@@ -27,9 +27,11 @@ class MetricsWriter:
         """Drops lines of steps from `first_step` on: a resumed run writes them again."""
         self._path = as_path(run_dir) / FILE
         self._lines = [_line(m) for m in read_metrics(run_dir) if m["step"] < first_step]
-        self._unwritten = True
-        self.flush()
-        self._file = None if is_remote(self._path) else self._path.open("a", encoding="utf-8")
+        self._write_whole()
+        self._file = None
+        if not is_remote(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
+            self._lines.clear()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Writes one step's scalars; a value that is not finite is written as null. In a bucket, where a file
@@ -39,15 +41,18 @@ class MetricsWriter:
             self._file.flush()
             return
         self._lines.append(_line(metrics))
-        self._unwritten = True
+        self._is_behind = True
         if time.monotonic() - self._written >= REWRITE_S:
             self.flush()
 
     def flush(self) -> None:
         """Everything that was given is in the file."""
-        if self._unwritten:
-            write_whole(self._path, "".join(self._lines))
-            self._unwritten, self._written = False, time.monotonic()
+        if self._is_behind:
+            self._write_whole()
+
+    def _write_whole(self) -> None:
+        write_whole(self._path, "".join(self._lines))
+        self._is_behind, self._written = False, time.monotonic()
 
     def close(self) -> None:
         self.flush()

@@ -38,7 +38,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if scheme is None:
         if found := re.match(r"([a-z0-9]+)://", os.fspath(path)):
             raise ValueError(f"{path}: {found[0]} is not supported; give gs://, s3:// or a local path")
-        return Path(path)
+        return Path(path).expanduser()
     if not re.match(r"\w+://[^/]", os.fspath(path)):
         raise ValueError(f"{path}: names no bucket; write {scheme}://BUCKET/PATH")
     module, extra = _BACKENDS[scheme]
@@ -58,7 +58,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 
 def absolute(path: str | os.PathLike[str]) -> Path:
     """The path from the root: two names of one file become one, as far as that can be seen."""
-    return as_path(path) if is_remote(path) else Path(path).expanduser().resolve()
+    return as_path(path) if is_remote(path) else as_path(path).resolve()
 
 
 def join(folder: Path, name: str) -> Path:
@@ -102,6 +102,13 @@ def filesystem(path: str | os.PathLike[str]) -> Any:
 
     as_path(path)
     return fsspec.filesystem(_scheme(path))
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a disk, a network or a bucket has failed."""
+    # What speaks to buckets raises errors of its own.
+    library = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError) or library in ("gcsfs", "google", "botocore", "aiobotocore", "s3fs")
 
 
 def make_folder(path: Path) -> None:

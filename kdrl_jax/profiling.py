@@ -15,8 +15,7 @@ class Profiler:
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
         self._folder, self._steps = folder, steps
-        # Traces are written to disks alone.
-        self._local = tempfile.mkdtemp(prefix="kdrl_jax_profile_") if steps and is_remote(folder) else None
+        self._local: Path | None = None
         self._running = False
 
     def at(self, step: int, end: int) -> None:
@@ -26,6 +25,8 @@ class Profiler:
         first, last = self._steps
         if not self._running and step < last and end > first:
             self._running = True
+            if is_remote(self._folder):  # traces are written to disks alone
+                self._local = Path(tempfile.mkdtemp(prefix="kdrl_jax_profile_"))
             jax.profiler.start_trace(self._local or self._folder)
         elif self._running and step >= last:
             self.close()
@@ -36,6 +37,6 @@ class Profiler:
             self._running = False
             jax.profiler.stop_trace()
             if self._local is not None:
-                for file in Path(self._local).rglob("*.*"):
+                for file in filter(Path.is_file, self._local.rglob("*")):
                     (self._folder / file.relative_to(self._local)).write_bytes(file.read_bytes())
                 shutil.rmtree(self._local)

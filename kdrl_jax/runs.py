@@ -8,6 +8,7 @@ from kdrl_jax import hosts
 from kdrl_jax.config import Config, ModelConfig, differences, load_config, load_run_config
 from kdrl_jax.metrics import read_json
 from kdrl_jax.paths import as_path, make_folder
+from kdrl_jax.types import TrainingError
 
 Role = str
 """A model's place in a config: `student`, `teacher` or `teachers.NAME`, `reference`."""
@@ -100,4 +101,19 @@ def check_shared(run_dir: Path) -> None:
         raise ValueError(
             f"log.dir={run_dir} is not one folder to all hosts ({blind} of {num} do not see it); give a "
             "bucket (gs://BUCKET/RUN) or a shared file system"
+        )
+
+
+def check_same_step(step: int | None) -> None:
+    """All hosts go on from one checkpoint.
+
+    Raises:
+        TrainingError: they see different newest ones.
+    """
+    number = 0 if step is None else step + 1
+    others = int(hosts.total(np.array(number)))
+    if others != number * hosts.num_processes():
+        raise TrainingError(
+            f"this host sees {step} as the newest checkpoint, others another: the shared file system lags; "
+            "start again in a moment"
         )

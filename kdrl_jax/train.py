@@ -10,6 +10,7 @@ write     metrics and samples
 save      a checkpoint, if due; nothing is in flight here
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
 from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.paths import as_path, make_folder
+from kdrl_jax.paths import as_path, is_outage, make_folder
 from kdrl_jax.profiling import Profiler
 from kdrl_jax.progress import Reporter
 from kdrl_jax.rewards.pool import RewardPool
@@ -43,7 +44,7 @@ from kdrl_jax.rounds import (
     sample_rows,
     wants_another,
 )
-from kdrl_jax.runs import check_same_run, check_shared, is_complete, prerequisites
+from kdrl_jax.runs import check_same_run, check_same_step, check_shared, is_complete, prerequisites
 from kdrl_jax.scoring.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
@@ -93,12 +94,15 @@ def train(
     if hosts.of_first(is_complete(config)):
         return True
     setup = make_setup(config)
-    with Run(setup, as_path(config.run_dir), console, should_stop, within or config.run_dir) as run:
-        try:
+    run = Run(setup, as_path(config.run_dir), console, should_stop, within or config.run_dir)
+    try:
+        with run:
             return run.loop()
-        except OSError as error:
-            # A disk or a network, and no mistake in what was given: the same command may go on.
-            raise TrainingError(str(error)) from error
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        # No mistake in what was given: the same command may go on.
+        raise TrainingError(" ".join(str(error).split())) from error
 
 
 class Run:
@@ -135,6 +139,7 @@ class Run:
         # once the checkpoint (if any) fits it.
         check_shared(run_dir)
         self.checkpoints = Checkpoints(run_dir, keep=c.checkpoint.keep, write=True)
+        check_same_step(self.checkpoints.latest_step)
         self.state, self.last_eval = self._start()
         self.writer: MetricsWriter | None = None
         if hosts.is_first():
@@ -200,12 +205,10 @@ class Run:
 
     def __exit__(self, *error: Any) -> None:
         self.reporter.__exit__(*error)
-        self.profiler.close()
-        self.compiles.close()
-        if self.writer is not None:
-            self.writer.close()
-        self.pool.close()
-        self.checkpoints.close()
+        with contextlib.ExitStack() as all_of_them:
+            for part in (self.checkpoints, self.pool, self.writer, self.compiles, self.profiler):
+                if part is not None:
+                    all_of_them.callback(part.close)
 
     def loop(self) -> bool:
         """Runs to the last step, or until asked to stop. Returns whether the run is complete."""
@@ -255,7 +258,11 @@ class Run:
         self.reporter.stage("saving")
         if self.writer is not None:
             self.writer.flush()  # metrics are never behind a checkpoint
-        self.checkpoints.save(int(self.state.step), self.state, host)
+        try:
+            self.checkpoints.save(int(self.state.step), self.state, host)
+        except ValueError as error:
+            # So tensorstore, below orbax, calls a bucket that it cannot reach.
+            raise TrainingError(f"the checkpoint could not be written: {error}") from error
 
     def iteration(self) -> None:
         """One rollout cycle and its updates."""

@@ -6,7 +6,7 @@ the first, over which it hears at once when another one raises an error or ends,
 falls silent. Whoever hears of a failure says so on stderr and ends its process: nothing else can interrupt
 a wait for devices.
 
-A message is a line of JSON: `{}` (still there), `{"done": true}`, or `{"failed": why}`.
+A message is a line of JSON: `{}` (still there), `{"done": true}`, or `{"failed": why, "status": status}`.
 """
 
 import contextlib
@@ -18,16 +18,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-EXIT_STATUS = 1
+GONE = 1
+"""Exit status of the others when a process has ended without a word; one that fails says which."""
 _LINGER_S = 1.0
+_HELLO_S = 2.0
 _BEATS = 6
 """Within the limit after which silence is a failure: a few may be late."""
 
 
-def _end(why: str) -> None:
+def _end(why: str, status: int) -> None:
     # os.write, since the main thread may hold the lock of a print.
     os.write(2, f"error: {why}; ending here too (resume with the same command)\n".encode())
-    os._exit(EXIT_STATUS)
+    os._exit(status)
 
 
 class _Peer:
@@ -79,7 +81,7 @@ class Watch:
         *,
         host: str,
         timeout_s: float,
-        end: Callable[[str], None] = _end,
+        end: Callable[[str, int], None] = _end,
     ):
         """Connects this process with the first one.
 
@@ -87,7 +89,7 @@ class Watch:
             meet: called on every process, gives each the text that the first one passes.
             host: name or address by which the others reach this host, if it is the first.
             timeout_s: silence after which a process has failed; also the time that all have to connect.
-            end: called with why, when another process has failed; not expected to return.
+            end: called with why and the exit status, when another process has failed; not expected to return.
 
         Raises:
             OSError: the first process cannot be reached, or not all others have come.
@@ -104,12 +106,14 @@ class Watch:
         else:
             self._join(meet(""))
         for peer in self._peers:
+            peer.heard = time.monotonic()  # some have waited for the others since they came
             threading.Thread(target=self._listen, args=(peer,), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _accept(self, server: socket.socket, num: int) -> None:
-        server.settimeout(self._timeout_s)
+        last = time.monotonic() + self._timeout_s
         while len(self._peers) < num:
+            server.settimeout(max(last - time.monotonic(), 0.001))
             try:
                 peer = _Peer(server.accept()[0])
             except TimeoutError:
@@ -118,7 +122,7 @@ class Watch:
                     f"{len(self._peers)} of {num} other processes came within {self._timeout_s:g} s: {here}"
                 ) from None
             try:
-                peer.wait_for_hello(self._timeout_s)
+                peer.wait_for_hello(_HELLO_S)
             except (OSError, ValueError, LookupError, TypeError):
                 peer.close()  # a stranger: whatever tries all ports of a network
             else:
@@ -141,14 +145,15 @@ class Watch:
     def _listen(self, peer: _Peer) -> None:
         while (message := peer.receive()) is not None:
             if "failed" in message:
-                self._fail(message["failed"], besides=peer)
+                self._fail(message["failed"], message["status"], besides=peer)
             if "done" in message:
                 peer.done = True
                 if all(p.done for p in self._peers):
                     self._all_done.set()
         peer.gone.set()
         if not peer.done:
-            self._fail(f"{peer.name} ended without a word: it was killed, or its host is gone", besides=peer)
+            why = f"{peer.name} ended without a word: it was killed, or its host is gone"
+            self._fail(why, GONE, besides=peer)
 
     def _beat(self) -> None:
         while not self._over:
@@ -156,41 +161,44 @@ class Watch:
                 peer.send({})
                 silent = time.monotonic() - peer.heard
                 if silent > self._timeout_s and not peer.done:
-                    self._fail(f"{peer.name} has not been heard from for {silent:.0f} s", besides=peer)
+                    self._fail(f"{peer.name} has not been heard from for {silent:.0f} s", GONE, besides=peer)
             time.sleep(self._timeout_s / _BEATS)
 
-    def _fail(self, why: str, besides: _Peer | None = None) -> None:
+    def _fail(self, why: str, status: int, besides: _Peer) -> None:
         """Tells all others and ends; once."""
         with self._lock:
             if self._over:
                 return
             self._over = True
-            self._tell([peer for peer in self._peers if peer is not besides], why)
-            self._end(why)
+            self._tell([peer for peer in self._peers if peer is not besides], why, status)
+            self._end(why, status)
 
-    def _tell(self, peers: list[_Peer], why: str) -> None:
+    def _tell(self, peers: list[_Peer], why: str, status: int) -> None:
         """Says why, and stays until the others have gone: once the first process is gone, JAX ends the others
         with words of its own."""
         for peer in peers:
-            peer.send({"failed": why})
+            peer.send({"failed": why, "status": status})
         last = time.monotonic() + _LINGER_S
         for peer in peers:
             peer.gone.wait(max(last - time.monotonic(), 0.0))
 
-    def failed(self, why: str) -> None:
-        """Tells the others that this process has failed. If another's failure was the cause, which shows a
-        little later, that one is what is said, and this does not return."""
+    def failed(self, why: str, status: int) -> None:
+        """Tells the others that this process has failed and ends with this status, as they then do. If
+        another's failure was the cause, which shows a little later, that one is what is said, and this does
+        not return."""
         time.sleep(_LINGER_S)
         with self._lock:
             if self._over:
                 return
             self._over = True
-            self._tell(self._peers, f"process {self._process} ({socket.gethostname()}) failed: {why}")
+            said = f"process {self._process} ({socket.gethostname()}) failed: {why}"
+            self._tell(self._peers, said, status)
 
     def done(self) -> None:
         """Says that this process has come to its end, and waits until all have."""
         for peer in self._peers:
             peer.send({"done": True})
-        self._all_done.wait(self._timeout_s)
+        if self._peers:
+            self._all_done.wait(self._timeout_s)
         with self._lock:
             self._over = True

@@ -53,10 +53,10 @@ class Job:
         return "\n".join(log.read_text() for log in logs)
 
 
-def train(config_file, folder, *overrides, num=2, devices=2):
-    """A job of `train`."""
+def train(config_file, folder, *overrides, num=2, devices=2, command="train"):
+    """A job of a command."""
     address = free_address()
-    common = ["-m", "kdrl_jax.main", "--config", str(config_file)]
+    common = ["-m", "kdrl_jax.main", command, "--config", str(config_file)]
     settings = [f"mesh.cpu_devices={devices}", *overrides]
     if num == 1:
         return Job([[*common, *settings]], folder)

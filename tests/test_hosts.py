@@ -1,16 +1,21 @@
 """Jobs of several processes do what one process does, and end as one."""
 
+import json
 import os
 import re
 import signal
 import time
 
+import fsspec
 import job
 import numpy as np
 import pytest
 import replay
+import test_remote
 import tiny_runs
+import yaml
 
+bucket = test_remote.bucket  # a fixture
 UPDATES = 3
 
 
@@ -111,8 +116,50 @@ def test_everything_that_hosts_tell_each_other(tmp_path):
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
     assert one[0]["reward/rounds"] > 1
-    for file in ("eval/step_000000.json", "rollouts/step_000000.jsonl"):
-        assert (tmp_path / "one" / file).read_text()[:300] == (tmp_path / "two" / file).read_text()[:300]
+    evaluations = [json.loads((tmp_path / x / "eval/step_000000.json").read_text()) for x in ("one", "two")]
+    assert evaluations[0] == pytest.approx(evaluations[1])
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / x / "rollouts/step_000000.jsonl").read_text().splitlines()]
+        for x in ("one", "two")
+    )
+    # The first process writes of its own rows.
+    assert len(ours) == 16
+    assert len(theirs) == 8
+    for row, same in zip(theirs, ours, strict=False):
+        assert row.pop("reward") == pytest.approx(same.pop("reward"))
+        assert row == same
+
+
+@pytest.mark.slow
+def test_runs_within_a_run_in_a_bucket(tmp_path, bucket):
+    """Teacher and student are trained first; the run, in a bucket, is evaluated by both hosts."""
+    few = {"train": {"num_steps": 2, "prompts_per_iteration": 8}, "checkpoint": {"every": 0}}
+    for role in ("student", "teacher"):
+        config = tiny_runs.config_file(tmp_path, **{**RUN, **few, "name": role, "kd": {"coef": 0}})
+        text = config.read_text()
+        tree = yaml.safe_load(text) | {"teacher": None}
+        (tmp_path / f"{role}.yaml").write_text(yaml.safe_dump(tree))
+    sections = {
+        "student": {"run": "student.yaml", "architecture": None},
+        "teacher": {"run": "teacher.yaml", "architecture": None},
+        "eval": {"every": 0, "agreement": True, "num_samples": 1},
+        "train": {"num_steps": 2},
+    }
+    where = f"{bucket}/hosts"
+    config = tiny_runs.config_file(tmp_path, **sections)
+    with job.train(config, tmp_path, f"log.dir={where}") as started:
+        assert started.wait() == [0, 0], started.said()
+    with job.train(where, tmp_path, command="eval") as started:
+        assert started.wait() == [0, 0], started.said()
+        assert "student at step 2" in started.said(0)
+    with job.train(config, tmp_path, f"log.dir={tmp_path / 'one'}", num=1, devices=4) as started:
+        assert started.wait() == [0], started.said()
+    fsspec.filesystem("gs").get(where, str(tmp_path / "two"), recursive=True)
+    for file in ("eval/step_000000.json", "eval/step_000002.json"):
+        one, two = (json.loads((tmp_path / name / file).read_text()) for name in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-6)
+    evaluated = json.loads((tmp_path / "two" / "eval" / "eval.json").read_text())
+    assert evaluated == pytest.approx(two, rel=1e-5)
 
 
 # ---- A process that fails
@@ -200,5 +247,5 @@ def test_folders_of_their_own_are_refused(tmp_path):
         for i in range(2)
     ]
     with job.Job(commands, tmp_path) as started:
-        assert 2 in started.wait(120)
+        assert started.wait(120) == [2, 2], "a mistake in what was given, on all"
         assert "is not one folder to all hosts (1 of 2 do not see it)" in started.said()

@@ -12,11 +12,12 @@ from kdrl_jax.watch import Watch
 class Processes:
     """Watches of one job, each in a thread; what ended them, by process."""
 
-    def __init__(self, num, timeout_s=5.0, strangers=0):
-        self.ended = {}
+    def __init__(self, num, timeout_s=5.0, strangers=0, silent=False):
+        self.ended, self.status = {}, {}
         self.watches = [None] * num
         self._address, self._known = "", threading.Event()
-        self._strangers = strangers
+        self._strangers, self._said = strangers, b"" if silent else b"GET / HTTP/1.1\r\n\r\n"
+        self._open = []
         threads = [threading.Thread(target=self._start, args=(i, num, timeout_s)) for i in range(num)]
         for thread in threads:
             thread.start()
@@ -29,13 +30,14 @@ class Processes:
                 self._address = text
                 for _ in range(self._strangers):
                     host, _, port = text.rpartition(":")
-                    socket.create_connection((host, int(port))).sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    self._open.append(socket.create_connection((host, int(port))))
+                    self._open[-1].sendall(self._said)
                 self._known.set()
             assert self._known.wait(10)
             return self._address
 
-        def end(why):
-            self.ended[i] = why
+        def end(why, status):
+            self.ended[i], self.status[i] = why, status
 
         self.watches[i] = Watch(i, num, meet, host="localhost", timeout_s=timeout_s, end=end)
 
@@ -57,8 +59,9 @@ class Processes:
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_an_error_reaches_all_others_with_its_reason(failing):
     job = Processes(3)
-    job.watches[failing].failed("no such file: x")
+    job.watches[failing].failed("no such file: x", 2)
     ended = job.wait(2)
+    assert set(job.status.values()) == {2}, "the others end as the one that failed"
     assert set(ended) == {0, 1, 2} - {failing}
     assert all(f"process {failing} (" in why and "no such file: x" in why for why in ended.values())
 
@@ -70,6 +73,7 @@ def test_a_process_that_is_gone_is_named_at_once(killed):
     ended = job.wait(2)
     assert set(ended) == {0, 1, 2} - {killed}
     assert all(f"process {killed} (" in why and "killed" in why for why in ended.values())
+    assert set(job.status.values()) == {1}
 
 
 @pytest.mark.parametrize("silent", [0, 2])
@@ -101,7 +105,7 @@ def test_the_end_is_no_failure():
 def test_the_first_failure_is_the_one_that_is_told():
     """What follows from it elsewhere, a broken connection, is no news."""
     job = Processes(3)
-    second = threading.Thread(target=job.watches[1].failed, args=("connection reset by peer",))
+    second = threading.Thread(target=job.watches[1].failed, args=("connection reset by peer", 2))
     second.start()
     job.cut(2)
     ended = job.wait(2)
@@ -114,8 +118,24 @@ def test_strangers_are_not_let_in():
     job = Processes(2, strangers=3)
     assert all(job.watches)
     assert [len(watch._peers) for watch in job.watches] == [1, 1]
-    job.watches[1].failed("x")
+    job.watches[1].failed("x", 1)
     assert set(job.wait(1)) == {0}
+
+
+def test_strangers_that_say_nothing_hold_nobody_up():
+    began = time.monotonic()
+    job = Processes(2, strangers=1, silent=True)
+    assert all(job.watches)
+    assert time.monotonic() - began < 5
+    time.sleep(0.5)
+    assert job.ended == {}
+
+
+def test_a_process_alone_ends_at_once():
+    watch = Watch(0, 1, lambda text: text, host="localhost", timeout_s=100.0)
+    began = time.monotonic()
+    watch.done()
+    assert time.monotonic() - began < 1
 
 
 def test_processes_that_do_not_come_are_counted():

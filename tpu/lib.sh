@@ -288,6 +288,8 @@ check_run_command() {
     check_bucket_path run-dir
     if [[ $config == gs:* ]]; then
         check_bucket_path config
+        [[ $config != *.yaml && $config != *.yml ]] ||
+            mistake "--config $config: give a config of this repository, or a run in a bucket"
         [[ -z ${option_value[run-dir]} || ${option_value[run-dir]} == "$config" ]] ||
             mistake "--run-dir ${option_value[run-dir]} and --config $config: a run goes on where it is; leave one out"
         option_value[run-dir]=
@@ -319,6 +321,15 @@ check_run_command() {
 }
 
 # Where the disk may be gone when the run goes on.
+# What setup copies and installs.
+check_files() {
+    local missing
+    need extras
+    check extras '^[a-z0-9]+(,[a-z0-9]+)*$' "give names separated by commas, such as tpu,gcs,math"
+    missing=$(git -C "$repository" ls-files --deleted | head -n 1)
+    [[ -z $missing ]] || mistake "$missing: git tracks it, but it is gone; git rm it, or git checkout it"
+}
+
 need_bucket_run() {
     [[ ${option_value[config]} == gs:* || " ${arguments[*]}" == *" log.dir=gs://"* ]] ||
         mistake "--run-dir gs://BUCKET/RUN is needed (or KDRL_TPU_RUN_DIR): the disk here does not outlive a preemption"

@@ -15,10 +15,7 @@ option prepare COMMAND "run on every worker in the copy afterwards, such as: gcl
 parse_options "$@"
 no_words
 check_slice
-need extras
-check extras '^[a-z0-9]+(,[a-z0-9]+)*$' "give names separated by commas, such as tpu,gcs,math"
-missing=$(git -C "$repository" ls-files --deleted | head -n 1)
-[[ -z $missing ]] || mistake "$missing: git tracks it, but it is gone; git rm it, or git checkout it"
+check_files
 
 build=$repository/build/tpu/${option_value[name]} # git ignores it
 archive=$build/kdrl_jax.tar.gz

@@ -26,6 +26,7 @@ check_slice
 check_request
 check_run_command
 need_bucket_run
+check_files
 check_at_least max-recreations 0
 check_at_least max-failures 0
 make_scratch
@@ -134,7 +135,7 @@ have_job() {
     local status=0
     "$here/setup.sh" || status=$?
     if ((status == 0)); then "$here/run.sh" ${words[@]+"${words[@]}"} || status=$?; fi
-    ((status != 2)) || exit 2
+    ((status != 2)) || finish 2 "setup or run refused what it was given (see above)"
     ((status == 0))
 }
 

@@ -244,6 +244,8 @@ def _check_counts(c: "Config") -> None:
             f"{c.train.updates_per_iteration} updates (train.num_minibatches x num_epochs); make it a "
             "multiple"
         )
+    if c.cache_dir is not None and "://" in c.cache_dir:
+        raise ValueError(f"cache_dir={c.cache_dir}: programs are kept on a disk; give a folder, or null")
     if (steps := c.log.profile_steps) is not None and steps[0] >= steps[1]:
         raise ValueError(f"log.profile_steps={list(steps)} holds no step; write [first, last + 1]")
     longest = c.data.max_prompt_tokens + r.max_new_tokens

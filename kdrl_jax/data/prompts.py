@@ -137,6 +137,7 @@ class PromptStream(Iterator[Prompts]):
         self._encode = encode
         # What the order follows from, kept in the state: a position in another stream means nothing.
         self._identity = {
+            "version": 2,  # 1 stepped over over-long rows
             "seed": seed,
             "sources": [[s.name, len(s), weight] for s, weight in zip(sources, weights, strict=True)],
         }

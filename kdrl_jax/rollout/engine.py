@@ -60,6 +60,7 @@ class Engine:
                 f"num_prompts={settings.num_prompts} does not divide over {shards} devices (data x fsdp)"
             )
         self._share = hosts.share(mesh, settings.num_prompts)
+        self._ends = jax.jit(_ends, static_argnums=(1, 2), out_shardings=sharding.rows(mesh))
         self._programs: Programs | None = None
 
     def generate(
@@ -145,7 +146,7 @@ class Engine:
         """What the rows of a carry hold by now."""
         s = self.settings
         with jax.set_mesh(self.mesh):
-            lengths_B, ended_B = _ends(carry, s.group_size, s.end_ids)
+            lengths_B, ended_B = self._ends(carry, s.group_size, s.end_ids)
         return Rollouts(carry.tokens_BT, lengths_B, carry.counts_B, ended_B, carry.logprobs_BT)
 
     def programs(self) -> "Programs":
@@ -255,7 +256,6 @@ class Programs:
         return count if self.mesh.shape["tensor"] == 1 else jax.lax.pmax(count, sharding.ROWS)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _ends(carry: Carry, group_size: int, end_ids: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Of each row, the prompt's length, and whether its last token is an end token."""
     lengths_B = jnp.repeat(carry.prompt_lengths_P, group_size)
