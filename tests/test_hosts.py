@@ -208,6 +208,7 @@ def test_a_killed_process_ends_the_other_and_the_pair_resumes_bitwise(tmp_path, 
     tiny_runs.assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_ends_the_job(tmp_path):
     with train(tmp_path, "run", "mesh.host_timeout_s=5.0", "train.num_steps=500") as started:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, started)
@@ -216,6 +217,7 @@ def test_a_process_that_stands_still_ends_the_job(tmp_path):
         assert re.search(r"error: process 1 .* has not been heard from for [5-7] s", started.said(0))
 
 
+@pytest.mark.slow
 def test_an_error_on_one_host_is_told_on_all(tmp_path):
     with train(tmp_path, "run", "train.num_steps=500") as started:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, started)
@@ -228,6 +230,7 @@ def test_an_error_on_one_host_is_told_on_all(tmp_path):
         assert "rollouts" in started.said(1)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_and_saves_all(tmp_path):
     with train(tmp_path, "run", "train.num_steps=500") as started:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 1, started)

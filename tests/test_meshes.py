@@ -95,7 +95,12 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("num", "devices", "mesh"),
-    [(1, 4, {}), (1, 16, {}), (1, 1, {}), (2, 2, {"tensor": 2})],
+    [
+        (1, 4, {}),
+        pytest.param(1, 16, {}, marks=pytest.mark.slow),
+        pytest.param(1, 1, {}, marks=pytest.mark.slow),
+        (2, 2, {"tensor": 2}),
+    ],
     ids=["four", "sixteen", "one", "two hosts"],
 )
 def test_a_run_goes_on_on_another_mesh(saved, tmp_path, num, devices, mesh):

@@ -35,7 +35,7 @@ PODS = {
     "v5p:4x4x4": ("mesh.data=4", "mesh.fsdp=16"),
     "v5e:4x4 with tensor": ("mesh.fsdp=8", "mesh.tensor=2"),
 }
-SLOW = ("v5e:4x4 with tensor",)
+SLOW = ("v5p:4x4x4", "v5e:4x4 with tensor")
 
 
 class Pod:
