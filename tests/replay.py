@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import tiny_runs
 from rich.console import Console
 
 from kdrl_jax import hosts
@@ -26,6 +27,11 @@ SHAPE = {
 SECTIONS = {
     "student": {"architecture": SHAPE},
     "teacher": {"architecture": {**SHAPE, "hidden_size": 64}},
+    # Two sources, so that which row is of which is worth telling.
+    "data": {
+        "train": [tiny_runs.TASK, {**tiny_runs.TASK, "max_value": 5}],
+        "eval": [{**tiny_runs.TASK, "split": "heldout"}],
+    },
     "rollout": {"group_size": 2, "max_new_tokens": 12},
     "train": {"num_steps": 10, "prompts_per_iteration": 16, "diagnostics_every": 0},
     "reward": {"verifier": "some_reward:variety"},
