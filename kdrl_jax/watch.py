@@ -27,8 +27,9 @@ _BEATS = 6
 
 
 def _end(why: str, status: int) -> None:
+    again = " (the same command resumes)" if status == GONE else ""
     # os.write, since the main thread may hold the lock of a print.
-    os.write(2, f"error: {why}; ending here too (resume with the same command)\n".encode())
+    os.write(2, f"error: {why}; ending here too{again}\n".encode())
     os._exit(status)
 
 
