@@ -16,7 +16,8 @@ import numpy as np
 
 from kdrl_jax import hosts, sharding
 from kdrl_jax.config import load_config
-from kdrl_jax.data.prompts import encode_completion, load_eval_prompts
+from kdrl_jax.data.encoded import encode_completion
+from kdrl_jax.data.prompts import load_eval_prompts
 from kdrl_jax.evaluate import Agreement
 from kdrl_jax.rollout.recorded import from_completions
 from kdrl_jax.rollout.sampling import SamplerSettings, seed_key
@@ -75,7 +76,8 @@ def main() -> None:
         ("written answers", written_answers(setup, prompts)),
         ("own greedy answers", greedy_answers(setup, params, prompts)),
     ):
-        kl, top, count = (float(x) for x in sums(params, setup.teacher.params, rollouts, num))
+        found = sums(params, setup.teacher.params, rollouts, num)
+        kl, top, count = (x.sum() for x in (found.reverse_kl_B, found.same_top_B, found.tokens_B))
         print(f"| {name} | {int(count)} | {kl / count:.5f} | {top / count:.4f} |", flush=True)
 
 

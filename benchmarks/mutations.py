@@ -15,7 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from evaluation_faults import EVALUATION_FAULTS
 from optimizer_faults import OPTIMIZER_FAULTS
+from verifier_faults import VERIFIER_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,7 +137,7 @@ FAULTS = (
     Fault(
         "an update that is not finite is applied",
         "step/update.py",
-        "lambda new, old: jnp.where(finite, new, old)",
+        "lambda new, old: jnp.where(taken, new, old)",
         "lambda new, old: new",
         f"{STEP} -k not_finite",
     ),
@@ -396,18 +398,18 @@ FAULTS = (
     Fault(
         "the fused head forgets a chunk",
         "scoring/passes.py",
-        "(jnp.max(operands.counts_B) + size - 1) // size",
-        "jnp.max(operands.counts_B) // size",
+        "(longest(operands.counts_B) + size - 1) // size",
+        "longest(operands.counts_B) // size",
         f"{STEP} -k chunks",
     ),
-    *(Fault(*row) for row in OPTIMIZER_FAULTS),
+    *(Fault(*row) for row in (*OPTIMIZER_FAULTS, *VERIFIER_FAULTS, *EVALUATION_FAULTS)),
 )
 
 
 def try_fault(fault: Fault) -> tuple[bool, str]:
     """(whether a test noticed, which)."""
     with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
-        for name in ("kdrl_jax", "tests", "configs"):
+        for name in ("kdrl_jax", "tests", "configs", "docs"):
             shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "requirements.txt"):
             shutil.copy(ROOT / name, folder)

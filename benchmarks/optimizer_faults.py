@@ -75,9 +75,9 @@ OPTIMIZER_FAULTS = (
     (
         "the optimizer's state stays on the devices after updates",
         "train.py",
-        "        self.state = self.setup.park(self.state)\n        self.write_rollouts",
-        "        self.write_rollouts",
-        "test_optim_state.py -k 'interrupted and bf16'",
+        "        self.state = self.setup.park(self.state)\n        if logged",
+        "        if logged",
+        "test_optim_state.py -m slow -k 'interrupted and bf16'",
     ),
     (
         "Adafactor takes settings that it does not read",

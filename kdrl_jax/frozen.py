@@ -67,7 +67,8 @@ class FrozenScorer:
         shape: PackShape,
     ):
         self._config, self._mesh = config, mesh
-        self._teachers = dict(teachers) if config.scores_teacher else {}
+        self.teachers = dict(teachers) if config.scores_teacher else {}
+        """By role: those that score; none where no term needs them."""
         self._reference = reference
         self._score = {
             role: make_scorer(
@@ -77,14 +78,14 @@ class FrozenScorer:
                 keep_states=config.teacher_states,
                 keep_entropy=config.kd.teacher_entropy_scale is not None,
             )
-            for role, teacher in self._teachers.items()
+            for role, teacher in self.teachers.items()
         }
         if reference is not None:
             self._score_reference = make_scorer(reference.model, head, shape)
         self.heads: tuple[Head, ...] = ()
         """Of the teachers whose states are kept."""
         if config.teacher_states:
-            self.heads = tuple(teacher.head for teacher in self._teachers.values())
+            self.heads = tuple(teacher.head for teacher in self.teachers.values())
 
     def kinds(self, teacher_of_row: Sequence[str | None]) -> list[int] | None:
         """The kind of each row for `pack_rollouts`: which teacher scores it; None where all do.
@@ -94,7 +95,7 @@ class FrozenScorer:
         """
         if self._config.num_kinds == 1:
             return None
-        roles = list(self._teachers)
+        roles = list(self.teachers)
         return [roles.index(f"teachers.{name}") for name in teacher_of_row]
 
     def __call__(self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float) -> Scored:
@@ -107,7 +108,7 @@ class FrozenScorer:
         scores = FrozenScores()
         states: list[TeacherStates | None] = [None] * len(minibatches)
         with jax.set_mesh(self._mesh):
-            if self._teachers:
+            if self.teachers:
                 scores, states = self._of_teachers(rollouts, minibatches, temperature)
             if self._reference is None:
                 return Scored(scores, states)
@@ -120,12 +121,12 @@ class FrozenScorer:
         self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float
     ) -> tuple[FrozenScores, list[TeacherStates | None]]:
         each: list[list[PackScores]] = []
-        for kind, (role, teacher) in enumerate(self._teachers.items()):
+        for kind, (role, teacher) in enumerate(self.teachers.items()):
             params, score = teacher.on_device(), self._score[role]
             done = [score(params, m.packs.rows, temperature, self._passes(m, kind)) for m in minibatches]
             each.append(_finished(teacher, done))
         mixed = [
-            _mix(of_teachers, self._weights(m)) for m, *of_teachers in zip(minibatches, *each, strict=True)
+            _mix(of_teachers, self.weights(m)) for m, *of_teachers in zip(minibatches, *each, strict=True)
         ]
         entropies = [entropy for _, entropy, _ in mixed if entropy is not None]
         scores = FrozenScores(
@@ -140,16 +141,16 @@ class FrozenScorer:
         bounds = minibatch.packs.bounds
         return bounds[teacher], bounds[teacher + 1]
 
-    def _weights(self, minibatch: Packed) -> jax.Array | None:
+    def weights(self, minibatch: Packed) -> jax.Array | None:
         """`TeacherStates.weights_RK`."""
-        if len(self._teachers) == 1:
+        if len(self.teachers) == 1:
             return None
         mixture = self._config.kd.mixture
         if mixture is not None:
-            share = np.array([mixture[role.removeprefix("teachers.")] for role in self._teachers], np.float32)
+            share = np.array([mixture[role.removeprefix("teachers.")] for role in self.teachers], np.float32)
             weights_RK = np.tile(share / share.sum(), (len(minibatch.kind_R), 1))
         else:
-            weights_RK = np.eye(len(self._teachers), dtype=np.float32)[minibatch.kind_R]
+            weights_RK = np.eye(len(self.teachers), dtype=np.float32)[minibatch.kind_R]
         return hosts.spread(weights_RK, sharding.rows(self._mesh))
 
 

@@ -55,6 +55,19 @@ def share(mesh: Mesh, num_rows: int) -> Share:
     return Share(num_rows, held, np.array([owner[r] == jax.process_index() for r in held], bool))
 
 
+def rows_of_first(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """int: the rows of a batch over `data` and `fsdp` that the first process answers for, ascending; known to
+    all."""
+    places = sharding.rows(mesh).devices_indices_map((num_rows,))
+    rows = {
+        row
+        for device, (part,) in places.items()
+        if int(device.process_index) == 0  # type: ignore[attr-defined]
+        for row in range(*part.indices(num_rows))
+    }
+    return np.array(sorted(rows), np.int64)
+
+
 def num_processes() -> int:
     return jax.process_count()
 

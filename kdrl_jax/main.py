@@ -10,16 +10,15 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
-import re
 import signal
-import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
     # Until a command says what it means, Ctrl-C ends the process without a traceback.
@@ -29,7 +28,9 @@ from kdrl_jax.config import (
     COMMANDS,
     Config,
     ConfigError,
+    EvalOptions,
     ExportOptions,
+    ReportOptions,
     SampleOptions,
     config_for_model,
     load_config,
@@ -38,54 +39,18 @@ from kdrl_jax.config import (
     read_options,
 )
 from kdrl_jax.config.base import Section
+from kdrl_jax.config.job import Hosts, read_hosts
 from kdrl_jax.config.load import RUN_CONFIG
 from kdrl_jax.paths import as_path, check_bucket, is_outage
+from kdrl_jax.preemption import GOOGLE, GoogleNotice
 from kdrl_jax.signals import Ended, StopRequest, end_on_signals
 from kdrl_jax.types import TrainingError
 from kdrl_jax.watch import Watch
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 USAGE_ERROR = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """Where the processes of a job meet."""
-
-    coordinator: str | None
-    """HOST:PORT of the first; None is found by JAX, as the other two are."""
-    num_processes: int | None
-    process_id: int | None
-
-    @property
-    def host(self) -> str:
-        """The name or address of the first host, asked on it."""
-        if self.coordinator is not None:
-            return self.coordinator.rpartition(":")[0]
-        # The address that the others see: of the interface that leads out. Nothing is sent.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as out, contextlib.suppress(OSError):
-            out.connect(("192.0.2.1", 9))
-            return str(out.getsockname()[0])
-        return socket.gethostname()
-
-
-def read_hosts(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Hosts | None:
-    """What the three options say. Raises ConfigError with one line for the user."""
-    numbers = {"--num-processes": num_processes, "--process-id": process_id}
-    given = [name for name, number in numbers.items() if number is not None]
-    if coordinator is None or coordinator == "auto":
-        if given:
-            raise ConfigError(f"{' and '.join(given)} with no address: give --coordinator HOST:PORT")
-        return None if coordinator is None else Hosts(None, None, None)
-    if not re.fullmatch(r"[^:\s]+:[1-9]\d{0,4}", coordinator):
-        raise ConfigError(f"--coordinator {coordinator}: write auto, or HOST:PORT of the first host")
-    if num_processes is None or process_id is None:
-        missing = " and ".join(name for name in numbers if name not in given)
-        raise ConfigError(f"--coordinator {coordinator} needs {missing} too")
-    if not 0 <= process_id < num_processes:
-        raise ConfigError(
-            f"--process-id {process_id} of --num-processes {num_processes}: ids count from 0 to one less"
-        )
-    return Hosts(coordinator, num_processes, process_id)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,11 +67,13 @@ class Invocation:
     command: str
     config: str
     """The path after --config."""
-    hosts: "Hosts | None"
+    hosts: Hosts | None
     """Of a job of several processes; None for a process alone."""
     options: Section | None
     """The command's own options, if it has any."""
     overrides: list[str]
+    accept_changes: bool
+    """Of a run that was begun with settings of another meaning."""
 
 
 def parse(argv: Sequence[str]) -> Invocation:
@@ -124,7 +91,12 @@ def parse(argv: Sequence[str]) -> Invocation:
         "--config",
         required=True,
         metavar="FILE_OR_RUN_DIR",
-        help="a YAML file, or a run; sample and export also take a Hugging Face folder or a .gguf file",
+        help="a YAML file, or a run; eval, sample and export also take a Hugging Face folder or a .gguf file",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="train: go on with a run under settings that change what its updates are",
     )
     parser.add_argument(
         "--coordinator",
@@ -146,11 +118,11 @@ def parse(argv: Sequence[str]) -> Invocation:
     hosts = read_hosts(args.coordinator, args.num_processes, args.process_id)
     if hosts is not None and command not in ("train", "eval"):
         raise ConfigError(f"{command} runs on one host: leave out --coordinator")
+    if args.accept_changes and command != "train":
+        raise ConfigError(f"--accept-changes is about training; {command} changes no run")
     kind = COMMANDS[command]
-    if kind is None:
-        return Invocation(command, args.config, hosts, None, words)
-    options, overrides = read_options(command, kind, words)
-    return Invocation(command, args.config, hosts, options, overrides)
+    options, overrides = (None, words) if kind is None else read_options(command, kind, words)
+    return Invocation(command, args.config, hosts, options, overrides, args.accept_changes)
 
 
 def load(call: Invocation) -> tuple[Config, bool]:
@@ -168,7 +140,7 @@ def load(call: Invocation) -> tuple[Config, bool]:
 
 def _load(call: Invocation, path: Path) -> tuple[Config, bool]:
     # Commands that train nothing take a model as it is.
-    if call.command in ("sample", "export") and _is_model(path):
+    if call.command in ("eval", "sample", "export") and _is_model(path):
         return config_for_model(path, call.overrides), False
     if path.is_dir():
         return load_run_config(path, call.overrides), True
@@ -189,7 +161,7 @@ def _is_model(path: Path) -> bool:
     )
 
 
-def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
+def run_train(config: Config, stop: StopRequest, accept_changes: bool) -> int:
     from kdrl_jax import hosts
     from kdrl_jax.progress import make_console
     from kdrl_jax.report import report
@@ -199,20 +171,28 @@ def run_train(config: Config, stop: StopRequest, is_run: bool) -> int:
     console = make_console(quiet=not hosts.is_first())
     if hosts.of_first(is_complete(config)):
         console.print(f"{config.run_dir} is complete; raise train.num_steps to go on", highlight=False)
-    if not train(config, console, stop, resume=is_run):
+    _speak_above(stop, console)
+    if not train(config, console, stop, accept_changes=accept_changes):
         return stop.status
     if hosts.is_first():
         report(as_path(config.run_dir), console)
     return 0
 
 
-def run_eval(config: Config, stop: StopRequest, is_run: bool) -> int:
+def run_eval(config: Config, options: EvalOptions, stop: StopRequest, is_run: bool) -> int:
     from kdrl_jax import hosts
     from kdrl_jax.eval import evaluate
     from kdrl_jax.progress import make_console
 
-    console = make_console(quiet=not hosts.is_first())
-    return 0 if evaluate(config, console, stop, is_run=is_run) else stop.status
+    console = make_console(quiet=not hosts.is_first(), lasting=True)
+    _speak_above(stop, console)
+    return 0 if evaluate(config, options, console, stop, is_run=is_run) else stop.status
+
+
+def _speak_above(stop: StopRequest, console: "Console") -> None:
+    """On a terminal: what it says stands above what is drawn there over and over, which would hide it."""
+    if console.is_terminal:
+        stop.tell = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_plan(config: Config) -> int:
@@ -227,14 +207,19 @@ def run_plan(config: Config) -> int:
         return 0 if plan(config, make_console(), stop, flags) else 1
     except Stopped:
         raise Ended(stop.signal or signal.SIGINT) from None
+    finally:
+        stop.close()
 
 
-def run_report(config: Config, stop: StopRequest, is_run: bool) -> int:
+def run_report(config: Config, options: ReportOptions) -> None:
     from kdrl_jax.progress import make_console
     from kdrl_jax.report import report
 
-    report(as_path(config.run_dir), make_console())
-    return 0
+    for path in (*options.others, *([options.out] if options.out else [])):
+        check_bucket(path)
+    others = [as_path(path) for path in options.others]
+    out = as_path(options.out) if options.out else None
+    report(as_path(config.run_dir), make_console(), others=others, out=out)
 
 
 def run_sample(config: Config, options: SampleOptions, is_run: bool) -> None:
@@ -270,6 +255,14 @@ def _take_cpu_apart(config: Config) -> None:
             raise ConfigError(
                 f"mesh.cpu_devices={number}, but JAX has started with {jax.device_count()} in this process"
             ) from None
+
+
+def _repeat_exactly(config: Config) -> None:
+    """Before JAX starts: no kernels whose sums depend on the order of threads, and none that were chosen by
+    their times."""
+    if config.deterministic:
+        flags = "--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_autotune_level=0"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
 def _keep_programs(config: Config) -> None:
@@ -340,6 +333,7 @@ def _run(call: Invocation) -> int:
         _compile_for_tpus()
     elif call.command != "report":
         _take_cpu_apart(config)
+        _repeat_exactly(config)
         _keep_programs(config)
     if call.hosts is None:
         return _run_command(call, config, is_run)
@@ -371,25 +365,39 @@ def _check_alone() -> None:
 
 
 def _run_command(call: Invocation, config: Config, is_run: bool) -> int:
-    if call.options is not None:
-        end_on_signals()
-        if isinstance(call.options, SampleOptions):
+    if isinstance(call.options, SampleOptions):
+        with end_on_signals():
             run_sample(config, call.options, is_run)
-        elif isinstance(call.options, ExportOptions):
+        return 0
+    if isinstance(call.options, ExportOptions):
+        with end_on_signals():
             run_export(config, call.options, is_run)
+        return 0
+    if isinstance(call.options, ReportOptions):
+        with end_on_signals():
+            run_report(config, call.options)
         return 0
     if call.command == "plan":
         return run_plan(config)
-    commands: dict[str, Callable[[Config, StopRequest, bool], int]] = {
-        "train": run_train,
-        "eval": run_eval,
-        "report": run_report,
-    }
-    if call.command != "report":
-        _check_alone()
-    stop = StopRequest()
+    _check_alone()
+    if isinstance(call.options, EvalOptions):
+        # What is done is written by then: nothing has to be saved within some time.
+        stop = StopRequest("ending after the batch that is running now; what is done is written")
+    else:
+        stop = StopRequest(within_s=config.checkpoint.stop_within_s)
     stop.install()
-    return commands[call.command](config, stop, is_run)
+    notice = None
+    try:
+        if call.command == "train" and config.checkpoint.preemption_notice == "google":
+            server = os.environ.get("GCE_METADATA_HOST", GOOGLE)
+            notice = GoogleNotice(functools.partial(stop.ask, notice=True), server)
+        if isinstance(call.options, EvalOptions):
+            return run_eval(config, call.options, stop, is_run)
+        return run_train(config, stop, call.accept_changes)
+    finally:
+        if notice is not None:
+            notice.close()
+        stop.close()
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

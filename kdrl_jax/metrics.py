@@ -16,6 +16,7 @@ from kdrl_jax.paths import as_path, is_remote, make_folder, write_whole
 from kdrl_jax.types import Metrics
 
 FILE = "metrics.jsonl"
+ALARMS = "alarms.jsonl"
 REWRITE_S = 10.0
 """Seconds between two versions of the file in a bucket; they take one a second."""
 
@@ -23,10 +24,10 @@ REWRITE_S = 10.0
 class MetricsWriter:
     """Appends to a run's `metrics.jsonl`, one whole line at a time."""
 
-    def __init__(self, run_dir: str | Path, first_step: int):
-        """Drops lines of steps from `first_step` on: a resumed run writes them again."""
+    def __init__(self, run_dir: str | Path, before: Sequence[Mapping[str, Any]] = ()):
+        """Begins the file anew, with the steps before: a resumed run writes the others again."""
         self._path = as_path(run_dir) / FILE
-        self._lines = [_line(m) for m in read_metrics(run_dir) if m["step"] < first_step]
+        self._lines = [_line(m) for m in before]
         self._write_whole()
         self._file = None
         if not is_remote(self._path):
@@ -61,12 +62,17 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
-    """All whole lines of a run's metrics. A last line cut off by a crash is left out."""
-    path = as_path(run_dir) / FILE
+    """All whole lines of a run's metrics."""
+    return read_jsonl(as_path(run_dir) / FILE)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file, none if it is not there. A last line cut off by a crash is left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    # Not `splitlines`, which also splits at U+2028, within texts.
+    for line in path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -75,21 +81,33 @@ def read_metrics(run_dir: str | Path) -> list[Metrics]:
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
-    plain = {k: _plain(v) for k, v in metrics.items()}
-    return json.dumps(plain) + "\n"
+    return as_json({k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, str) or value is None:
-        return value
-    number = value.item() if hasattr(value, "item") else value
-    return None if isinstance(number, float) and not math.isfinite(number) else number
+def as_json(value: Any, **how: Any) -> str:
+    """The JSON of a value; what is not finite is null, which every reader takes.
+
+    Args:
+        how: to write it, as `json.dumps` has it.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **how)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole, making its folder."""
+    """Writes a JSON file whole, making its folder; what is not finite as null."""
     make_folder(path.parent)
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, as_json(value, indent=2) + "\n")
 
 
 def repeated_ngrams(completions: Sequence[np.ndarray], n: int = 4) -> tuple[int, int]:
@@ -129,13 +147,17 @@ def reward_metrics(rewards_B: np.ndarray, correct_B: np.ndarray, num_errors: int
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines whole, making its folder."""
+    """Writes a file of JSON lines whole, making its folder; what is not finite as null."""
     make_folder(path.parent)
-    write_whole(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    write_whole(path, "".join(as_json(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
+    """Raises ValueError: it holds no JSON, with its name."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON, or not all of it ({error}); restore it, or remove it") from error
 
 
 class Compiles:

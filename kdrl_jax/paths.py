@@ -96,6 +96,31 @@ def check_bucket(path: str | os.PathLike[str]) -> None:
     raise kind(f"{path}: bucket {bucket}: {reason}; check its name, and {_CREDENTIALS[scheme]}")
 
 
+def check_writable(folder: Path) -> None:
+    """That files can be written to a folder, which may not be there yet; nothing stays behind.
+
+    Raises:
+        OSError: they cannot.
+    """
+    check_bucket(folder)
+    if is_remote(folder):
+        probe = folder / ".writable"
+        try:
+            probe.write_bytes(b".")
+            probe.unlink()
+        except Exception as error:  # each library has errors of its own
+            line = " ".join(str(error).split())[:200]
+            raise OSError(
+                f"{folder} cannot be written ({line}); check what the credentials may do"
+            ) from error
+        return
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} can be no folder: {there} is a file; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: {there} may not be written; name another folder, or allow it")
+
+
 def filesystem(path: str | os.PathLike[str]) -> Any:
     """fsspec's file system of the bucket that a path is in."""
     import fsspec
@@ -117,6 +142,43 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def move_folder(folder: Path, to: Path, *, first: str) -> None:
+    """Moves a folder with all that is in it, to a place where nothing is.
+
+    Args:
+        first: the file without which the folder counts for nothing. In a bucket, where files are copied and
+            then removed, it is removed first, and not copied.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not is_remote(folder):
+        folder.rename(to)
+        return
+    # Not etils' `rename`: on gs:// it moves nothing, and says that there is nothing.
+    bucket = filesystem(folder)
+    start = os.fspath(folder).partition("://")[2]
+    files = bucket.find(os.fspath(folder))
+    if not files:
+        raise FileNotFoundError(os.fspath(folder))
+    for file in files:
+        name = file.removeprefix(f"{start}/")
+        if name != first:
+            bucket.copy(file, f"{to}/{name}")
+    remove_folder(folder, first=first)
+
+
+def remove_folder(folder: Path, *, first: str) -> None:
+    """Removes a folder in a bucket, beginning with the file without which it counts for nothing.
+
+    Raises:
+        FileNotFoundError: that file is not there.
+    """
+    bucket = filesystem(folder)
+    bucket.rm_file(f"{folder}/{first}")
+    bucket.rm(os.fspath(folder), recursive=True)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all; text in UTF-8."""
     content = content.encode() if isinstance(content, str) else content
@@ -131,11 +193,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     partial.replace(path)
 
 
-def open_text(path: Path) -> IO[str]:
-    """To read; a byte order mark at the start, as some editors write it, is no part of the text."""
-    if is_remote(path):
-        return io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+def open_bytes(path: Path) -> IO[bytes]:
+    """To read; from a bucket at once."""
+    return io.BytesIO(path.read_bytes()) if is_remote(path) else path.open("rb")
+
+
+def size_of(path: Path) -> int:
+    """Of a file, in bytes."""
+    found: Any = path.stat()
+    return int(found.length if is_remote(path) else found.st_size)
 
 
 def _is_installed(module: str) -> bool:

@@ -1,11 +1,13 @@
 """Run directories: whether one is done, goes on with the same settings, or needs other runs first."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kdrl_jax import hosts
-from kdrl_jax.config import Config, ModelConfig, differences, load_config, load_run_config
+from kdrl_jax.config import Change, Config, ModelConfig, changes, load_config, load_run_config
 from kdrl_jax.metrics import read_json
 from kdrl_jax.paths import as_path, make_folder
 from kdrl_jax.types import TrainingError
@@ -63,21 +65,43 @@ def run_of(config: Config, role: Role) -> Path | None:
     return named if named.is_dir() else _directory(config, role)
 
 
-def check_same_run(config: Config) -> None:
-    """A run directory goes on with the settings it was started with, unless it is named itself."""
-    if not (as_path(config.run_dir) / "config.yaml").exists():
-        return
-    before = load_run_config(config.run_dir).model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    for settings in (before, now):  # what changes nothing of a run but its rounding
-        settings["log"] |= {"dir": None, "profile_steps": None}
-        settings["plan"] = settings["cache_dir"] = settings["mesh"] = None
-    changed = [f"{key} was {a}, is {b}" for key, a, b in differences(before, now)]
-    if changed:
+def check_changes(
+    config: Config,
+    before: dict[str, Any],
+    accept: bool,
+    accepted: Sequence[Change] = (),
+    also: Sequence[str] = (),
+) -> list[Change]:
+    """What a run goes on with that it did not have before.
+
+    Args:
+        before: the settings it had, dumped.
+        accept: whether all of them may have changed.
+        accepted: those that may.
+        also: free settings that may not.
+
+    Raises:
+        ValueError: some give its updates another meaning.
+    """
+    found = changes(before, config.model_dump(mode="json"))
+    refused = [str(x) for x in found if not (accept or (x.is_free and x.key not in also) or x in accepted)]
+    if refused:
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise ValueError(
-            f"{config.run_dir} was started with other settings ({'; '.join(changed[:5])}); choose another "
-            f"log.dir, delete it, or go on with it by --config {config.run_dir} section.key=value"
+            f"{config.run_dir} was trained with other settings ({'; '.join(refused[:5])}{more}); undo that, "
+            "choose another log.dir, or go on with these by --accept-changes"
         )
+    return found
+
+
+def check_same_run(config: Config, accept: bool = False, also: Sequence[str] = ()) -> None:
+    """`check_changes` from what the run directory says, if it is there.
+
+    Args:
+        also: settings that may not have changed either.
+    """
+    if (as_path(config.run_dir) / "config.yaml").exists():
+        check_changes(config, load_run_config(config.run_dir).model_dump(mode="json"), accept, also=also)
 
 
 def check_shared(run_dir: Path) -> None:

@@ -1,11 +1,16 @@
 """The `sample` command: one completion of one prompt, printed as it is sampled."""
 
+import contextlib
 import time
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
+from kdrl_jax.colours import SCALES, colour, ink
 from kdrl_jax.config import Config, SampleOptions
 from kdrl_jax.data.chat import render_prompt
 from kdrl_jax.data.tokenizer import Tokenizer
@@ -66,19 +71,26 @@ def sample(
     run_dir = config.run_dir if is_run and options.model == "student" else None
     engine = make_engine(config, options, single, len(ids))
     prompts = _prompts(ids, engine.settings)
-    params = single.params(run_dir, options.step)
+    with Console(file=err).status("loading") if err.isatty() else contextlib.nullcontext():
+        params = single.params(run_dir, options.step)
     key = jax.random.fold_in(seed_key(config.seed), 2**31 - 2)
     temperature = float(make_schedule(config.rollout.temperature)(options.step or 0))
     text = TextStream(single.tokenizer)
     timer = _Timer()
     completion: list[int] = []
+    pen = Pen(out, coloured=options.show == "logprob")
     for chunk in engine.stream(params, prompts, key, temperature=temperature):
         completion = _completion(chunk, len(ids))
         timer.count(len(completion))
         stopped = stop_length(completion, single.tokenizer.decode, config.rollout.stop)
         completion = completion[:stopped]
         is_last = chunk.num_running == 0 or stopped is not None
-        out.write(text.feed(completion, is_last=is_last))
+        if pen.coloured:
+            logprobs = _logprobs(chunk, len(ids), len(completion))
+            for piece, logprob in text.pieces(completion, logprobs, is_last=is_last):
+                pen.write(piece, logprob)
+        else:
+            out.write(text.feed(completion, is_last=is_last))
         out.flush()
         if is_last:
             break
@@ -87,6 +99,9 @@ def sample(
     why = _REASONS[finish_reason(completion, ended, end_ids)]
     # On a terminal the completion's last line is still open.
     start = "\n" if out.isatty() else ""
+    if pen.coloured:
+        pen.legend()
+        start = ""
     err.write(f"{start}{len(completion)} tokens, {why}, {timer}\n")
 
 
@@ -96,6 +111,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._given = 0
+        self._num_fed = 0
 
     def feed(self, ids: list[int], *, is_last: bool) -> str:
         """The text that is new and whole: all pieces together are `tokenizer.decode` of the last `ids`.
@@ -111,6 +127,55 @@ class TextStream:
         new = text[self._given :]
         self._given = max(self._given, len(text))
         return new
+
+    def pieces(
+        self, ids: list[int], values: Sequence[float], *, is_last: bool
+    ) -> Iterator[tuple[str, float]]:
+        """`feed` token by token: what each adds to the text, with its value. A character whose bytes are
+        several tokens comes with the last of them.
+
+        Args:
+            values: of all tokens of the completion so far.
+        """
+        for end in range(self._num_fed + 1, len(ids) + 1):
+            yield self.feed(ids[:end], is_last=False), values[end - 1]
+        self._num_fed = len(ids)
+        if is_last and (rest := self.feed(ids, is_last=True)):
+            yield rest, values[-1]
+
+
+class Pen:
+    """Writes pieces of text on a background that says how unlikely they were, as the report's viewer has it,
+    where colours are shown: on terminals, and where FORCE_COLOR asks for them, as in notebooks; unless
+    NO_COLOR is set."""
+
+    def __init__(self, out: TextIO, *, coloured: bool):
+        self._console = Console(file=out, highlight=False)
+        if self._console.is_terminal and not out.isatty():
+            # A notebook says nothing of its colours; 256 of them are shown by all.
+            self._console = Console(file=out, highlight=False, color_system="256")
+        self.coloured = coloured and self._console.is_terminal and not self._console.no_color
+
+    def write(self, piece: str, logprob: float) -> None:
+        # Line by line, so that a background ends with its text.
+        for number, line in enumerate(piece.split("\n")):
+            if number:
+                self._console.print()
+            self._console.print(Text(line, _style(logprob)), end="", soft_wrap=True)
+
+    def legend(self) -> None:
+        """A line of its own, beneath the text."""
+        self._console.print("\n-log p, nats: ", end="", style="dim")
+        top = int(SCALES["logprobs"].top)
+        for nats in range(top + 1):
+            more = " or more" if nats == top else ""
+            self._console.print(Text(f" {nats}{more} ", _style(-nats)), end="")
+        self._console.print()
+
+
+def _style(logprob: float) -> str:
+    behind = colour(logprob, SCALES["logprobs"])
+    return "" if behind is None else f"{ink(behind)} on {behind}"
 
 
 class _Timer:
@@ -156,6 +221,11 @@ def _prompts(ids: list[int], settings: EngineSettings) -> Prompts:
     tokens[:, : len(ids)] = ids
     lengths = np.full(num, len(ids), np.int32)
     return Prompts(tokens, lengths, np.zeros(num, np.int32), (), (), (), ())
+
+
+def _logprobs(chunk: Chunk, start: int, num_tokens: int) -> list[float]:
+    """Of the first tokens of the completion, under the whole distribution at its temperature."""
+    return np.asarray(chunk.carry.logprobs_BT)[0, start : start + num_tokens].tolist()
 
 
 def _completion(chunk: Chunk, start: int) -> list[int]:

@@ -11,26 +11,28 @@ save      a checkpoint, if due; nothing is in flight here
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from kdrl_jax import hosts
+from kdrl_jax.alarms import Alarms
 from kdrl_jax.batch import make_batch_builder, take_rows
-from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import Config, save_config
 from kdrl_jax.config.schedules import is_zero
 from kdrl_jax.data.prompts import PromptStream, open_prompts
-from kdrl_jax.evaluate import Evaluator, Results
 from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
-from kdrl_jax.metrics import Clock, Compiles, MetricsWriter, write_json, write_jsonl
+from kdrl_jax.held_out import HeldOut, crossed
+from kdrl_jax.logged import LoggedRollouts
+from kdrl_jax.metrics import Clock, Compiles
 from kdrl_jax.optim import make_schedule
 from kdrl_jax.paths import as_path, is_outage, make_folder
 from kdrl_jax.profiling import Profiler
 from kdrl_jax.progress import Reporter
+from kdrl_jax.record import SKIPPED_KEPT, Record
 from kdrl_jax.rewards.pool import RewardPool
 from kdrl_jax.rollout.engine import Engine, Stopped
 from kdrl_jax.rollout.sampling import SamplerSettings
@@ -44,12 +46,13 @@ from kdrl_jax.rounds import (
     sample_rows,
     wants_another,
 )
-from kdrl_jax.runs import check_same_run, check_same_step, check_shared, is_complete, prerequisites
+from kdrl_jax.runs import check_same_run, is_complete, prerequisites
 from kdrl_jax.scoring.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.self_check import self_check
 from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
 from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
 from kdrl_jax.types import Metrics, Params, Rollouts, TrainingError, TrainState
+from kdrl_jax.writers import check_writers
 
 ShouldStop = Callable[[], bool]
 
@@ -59,15 +62,14 @@ def train(
     console: Console,
     should_stop: ShouldStop,
     *,
-    resume: bool = False,
+    accept_changes: bool = False,
     within: str | None = None,
 ) -> bool:
     """Trains a run, or resumes it from its newest checkpoint; first the runs its models come from.
 
     Args:
         should_stop: asked often; when it says so on any host, the state is saved and the function returns.
-        resume: the config is the run directory's own, with changes its user asked for. Otherwise a
-            directory that was started with other settings is refused.
+        accept_changes: go on with a run under settings that give its updates another meaning.
         within: the run that this one is trained for, and that a user resumes.
 
     Returns:
@@ -79,22 +81,29 @@ def train(
         TrainingError: updates that are not finite, N in a row; a teacher that is the student's own model
             and does not agree with it; files that cannot be written any more.
     """
-    if not resume:
-        check_same_run(config)
+    check_same_run(config, accept_changes)
     needed = list(prerequisites(config).values())
     for inner in [*needed, config]:
         check_mesh(inner)
+        if hosts.is_first():
+            check_writers(inner)
+    if (as_path(config.run_dir) / "metrics.jsonl").exists():
+        # What a run has begun to learn from stays as it is.
+        for inner in needed:
+            check_same_run(inner, accept_changes, also=("train.num_steps",))
     if needed and hosts.is_first() and not all(map(is_complete, needed)):
         # What was asked for is written first, so that this directory can be resumed from now on.
         make_folder(as_path(config.run_dir))
         save_config(config, config.run_dir)
     for inner in needed:
-        if not train(inner, console, should_stop, within=within or config.run_dir):
+        directory = within or config.run_dir
+        if not train(inner, console, should_stop, accept_changes=accept_changes, within=directory):
             return False
     if hosts.of_first(is_complete(config)):
         return True
-    setup = make_setup(config)
-    run = Run(setup, as_path(config.run_dir), console, should_stop, within or config.run_dir)
+    with console.status("loading the models"):
+        setup = make_setup(config)
+        run = Run(setup, console, should_stop, accept_changes, within or config.run_dir)
     try:
         with run:
             return run.loop()
@@ -109,27 +118,20 @@ class Run:
     """One run's moving parts, and the loop over them."""
 
     def __init__(
-        self, setup: Setup, run_dir: Path, console: Console, should_stop: ShouldStop, resume_dir: str
+        self,
+        setup: Setup,
+        console: Console,
+        should_stop: ShouldStop,
+        accept_changes: bool,
+        resume_dir: str,
     ):
         c = setup.config
-        self.setup, self.config, self.run_dir = setup, c, run_dir
+        self.setup, self.config = setup, c
         self.should_stop = should_stop = hosts.agreed(should_stop)
         self.resume_dir = resume_dir
         self.data = self._open_data()
-        names = [c.reward.verifier, *c.reward.shaping]
-        self.pool = RewardPool(names, c.reward.num_workers, c.reward.time_limit_s)
-        self.evaluator = None
-        if c.data.eval:
-            self.evaluator = Evaluator(
-                c,
-                tokenizer=setup.tokenizer,
-                mesh=setup.mesh,
-                head=setup.head,
-                student=setup.student,
-                teacher=setup.teacher,
-                make_engine=setup.engine,
-                pool=self.pool,
-            )
+        self.pool = RewardPool.of(c.reward)
+        self.held_out = HeldOut(setup, self.pool, should_stop)
         self.temperature = make_schedule(c.rollout.temperature)
         self.collector = Collector(
             c, setup.tokenizer, setup.mesh, self._engine(), setup.teacher, self.data, self.pool, should_stop
@@ -137,16 +139,20 @@ class Run:
         self._compile()
         # Settings and data have been looked at; only now is anything written, and the config only
         # once the checkpoint (if any) fits it.
-        check_shared(run_dir)
-        self.checkpoints = Checkpoints(run_dir, keep=c.checkpoint.keep, write=True)
-        check_same_step(self.checkpoints.latest_step)
-        self.state, self.last_eval = self._start()
-        self.writer: MetricsWriter | None = None
-        if hosts.is_first():
-            save_config(c, run_dir)
-            self.writer = MetricsWriter(run_dir, first_step=int(self.state.step))
+        run_dir = as_path(c.run_dir)
+        self.record = Record(c, run_dir)
+        self.notes: list[str] = []
+        self.state = self._start(accept_changes)
+        self.record.checkpoints.prepare(self.state)
+        self.alarms = Alarms(c.alarms)
+        step = int(self.state.step)
+        before = self.record.open(step, self.held_out.last_step)
+        for metrics in before:
+            self.alarms.at(metrics)
+        if len(before) < step:
+            self.notes.append(f"metrics.jsonl has {len(before)} of the {step} steps before; the rest is lost")
         record_base(c)
-        self.reporter = Reporter(console, c.name, int(self.state.step), c.train.num_steps)
+        self.reporter = Reporter(console, c.name, step, c.train.num_steps, before)
         self.compiles = Compiles()
         self.profiler = Profiler(run_dir / "profile", c.log.profile_steps)
 
@@ -184,20 +190,17 @@ class Run:
         self.build_batch = make_batch_builder(c)
         self.score_student = LogprobScorer(setup.student, setup.head, self.shape)
         self.scorer = FrozenScorer(c, setup.teachers, setup.reference, setup.head, setup.mesh, self.shape)
+        self.logged = LoggedRollouts(setup, self.scorer, self.data.teacher_of)
 
-    def _start(self) -> tuple[TrainState, int]:
+    def _start(self, accept_changes: bool) -> TrainState:
         """The first state, or the newest saved one with its position in the data."""
-        if self.checkpoints.latest_step is None:
-            return self.setup.init_state(), -1
-        try:
-            state, host = self.checkpoints.restore(self.setup.abstract_state())
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.checkpoints.directory}: the checkpoint does not fit these settings of student and "
-                f"optimizer ({str(error).splitlines()[0][:200]}); undo what was changed"
-            ) from error
+        saved = self.record.restore(self.setup.abstract_state(), accept_changes)
+        if saved is None:
+            return self.setup.init_state()
+        state, host, self.notes = saved
         self.data.set_state(host["data"])
-        return self.setup.park(state), host["last_eval"]
+        self.held_out.last_step = host["last_eval"]
+        return self.setup.park(state)
 
     def __enter__(self) -> "Run":
         self.reporter.__enter__()
@@ -206,21 +209,24 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         self.reporter.__exit__(*error)
         with contextlib.ExitStack() as all_of_them:
-            for part in (self.checkpoints, self.pool, self.writer, self.compiles, self.profiler):
-                if part is not None:
-                    all_of_them.callback(part.close)
+            all_of_them.callback(self.tell_notes)
+            all_of_them.callback(self.record.close, failed=error[0] is not None)
+            for part in (self.pool, self.compiles, self.profiler):
+                all_of_them.callback(part.close)
+
+    def tell_notes(self) -> None:
+        """What the writers of log.writers have to say."""
+        for line in self.record.notes():
+            self.reporter.note(line)
 
     def loop(self) -> bool:
         """Runs to the last step, or until asked to stop. Returns whether the run is complete."""
         c = self.config
         if int(self.state.step):
             self.reporter.note(f"resumed at step {int(self.state.step)} of {c.train.num_steps}")
-        for line in (*self.setup.notes, *self.data.describe()):
+        for line in (*self.notes, *self.setup.notes, *self.data.describe(), *self.held_out.notes):
             self.reporter.note(line)
-        for source, count in (self.evaluator.dropped if self.evaluator else {}).items():
-            if count:
-                self.reporter.note(f"{source}: {count} held-out prompts too long, left out")
-        if self.checkpoints.latest_step is None:
+        if self.record.checkpoints.latest_step is None:
             self.reporter.stage("checking the models")
             s = self.setup
             if checked := self_check(c, s.student, self.student_params, s.teacher, s.head, s.mesh):
@@ -229,7 +235,7 @@ class Run:
         try:
             while (step := int(self.state.step)) < c.train.num_steps:
                 position = self.data.get_state()
-                self.evaluate_if_due(step)
+                self.evaluate(step)
                 if self.should_stop():
                     raise Stopped
                 self.profiler.at(step, step + c.train.updates_per_iteration)
@@ -237,32 +243,37 @@ class Run:
                 position = self.data.get_state()
                 if self.should_stop():
                     raise Stopped
-                if c.checkpoint.every and _crossed(step, int(self.state.step), c.checkpoint.every):
+                if self.is_save_due(step) or self.record.has_failed():
                     self.save(position)
-            self.evaluate_if_due(c.train.num_steps)
+            self.save(position)
+            self.evaluate(c.train.num_steps)
         except Stopped:
             # Until an iteration's first update nothing of it counts: it is done again on resume.
             self.save(position)
+            self.record.wait()
             self.reporter.note(
                 f"stopped and saved at step {int(self.state.step)}; resume with "
                 f"python -m kdrl_jax.main --config {self.resume_dir}"
             )
             return False
-        self.save(position)
-        if hosts.is_first():
-            write_json(self.run_dir / "done.json", {"step": int(self.state.step)})
+        self.record.wait()
+        self.record.done(int(self.state.step))
         return True
 
+    def evaluate(self, step: int) -> None:
+        """Held-out accuracy, if due."""
+        self.held_out.evaluate_if_due(step, self.student_params, self.record, self.reporter)
+
+    def is_save_due(self, before: int) -> bool:
+        """After an iteration that began at step `before`."""
+        c, now = self.config, int(self.state.step)
+        due = c.checkpoint.every and crossed(before, now, c.checkpoint.every)
+        # What is found to be among the best must have been saved.
+        return bool(due) or (c.checkpoint.keep_best > 0 and self.held_out.is_due(now))
+
     def save(self, position: dict[str, Any]) -> None:
-        host = {"data": position, "last_eval": self.last_eval}
         self.reporter.stage("saving")
-        if self.writer is not None:
-            self.writer.flush()  # metrics are never behind a checkpoint
-        try:
-            self.checkpoints.save(int(self.state.step), self.state, host)
-        except ValueError as error:
-            # So tensorstore, below orbax, calls a bucket that it cannot reach.
-            raise TrainingError(f"the checkpoint could not be written: {error}") from error
+        self.record.save(self.state, {"data": position, "last_eval": self.held_out.last_step})
 
     def iteration(self) -> None:
         """One rollout cycle and its updates."""
@@ -282,12 +293,22 @@ class Run:
             scored = self.score(chosen.rollouts, chosen.sources, temperature, clock)
         minibatches = self.minibatches(chosen, *scored, temperature)
         shared = round_metrics(c, rounds) | {"temperature": temperature}
+        if self.should_stop():  # the last moment at which nothing of this iteration counts
+            raise Stopped
+        for sampled in rounds:
+            self.data.observe(sampled.prompts, sampled.correct_B)
+        shared |= self.data.metrics()
+        clock.lap("time/update")
+        logged = self.describe(rounds[0], temperature)
+        clock.lap("time/diagnostics")
         self.state = self.setup.unpark(self.state)
         clock.lap("time/update")
         for number, minibatch in enumerate(minibatches * c.train.num_epochs):
             metrics = self.diagnostics(minibatch) if number == 0 else {}
             clock.lap("time/diagnostics")
             metrics |= self.run_update(minibatch)
+            if in_a_row := int(metrics.pop("skipped_in_a_row")):
+                self.skipped(metrics, in_a_row, minibatch, rounds)
             clock.lap("time/update")
             # Time and throughput belong to the iteration; they are written with its last step.
             last = number == c.train.updates_per_iteration - 1
@@ -295,7 +316,8 @@ class Run:
             of_iteration = clock.summary(num_tokens) | {"time/compiles": self.compiles.take()} if last else {}
             self.write(metrics | shared | of_iteration)
         self.state = self.setup.park(self.state)
-        self.write_rollouts(rounds[0])
+        if logged:
+            self.record.rollouts(logged[0]["step"], logged)
 
     def draw(self, temperature: float, clock: Clock) -> Drawn:
         """Questions and completions, which workers begin to verify."""
@@ -356,11 +378,24 @@ class Run:
         """All of the student, frozen parts included."""
         return self.setup.student_params(self.state.params)
 
+    def describe(self, sampled: Round, temperature: float) -> list[dict[str, Any]]:
+        """Samples for a reader, of the parameters that they were drawn with; none if none are due."""
+        c, first = self.config, int(self.state.step)
+        after, every = first + c.train.updates_per_iteration, c.log.rollouts_every
+        if sampled.scored is None or not every:
+            return []
+        due = first == 0 or after >= c.train.num_steps or crossed(first, after, every)
+        if not due and self.logged.is_compiled:
+            return []
+        # In the first iteration after a resume they may go unused: no later one compiles anything.
+        rows = self.logged.records(sampled, first, self.student_params, temperature)
+        return rows if due else []
+
     def diagnostics(self, minibatch: Minibatch) -> Metrics:
         """RL and KD gradients apart, if due: in the first iteration and then every so many steps."""
         c, s, step = self.config, self.state, int(self.state.step)
         every = c.train.diagnostics_every
-        due = every and (step == 0 or _crossed(step - c.train.updates_per_iteration, step, every))
+        due = every and (step == 0 or crossed(step - c.train.updates_per_iteration, step, every))
         if not due or (is_zero(c.rl.coef) and is_zero(c.kd.coef)):
             return {}
         self.reporter.stage("measuring gradients")
@@ -373,77 +408,42 @@ class Run:
         with jax.set_mesh(self.setup.mesh):
             self.reporter.stage("updating")
             self.state, measured = self.update(self.state, self.setup.frozen, minibatch, self.scorer.heads)
-        metrics: Metrics = {"step": step} | jax.device_get(measured)
-        skipped = int(metrics.pop("skipped_in_a_row"))
-        if skipped >= self.config.train.max_skipped_updates:
+        return {"step": step} | jax.device_get(measured)
+
+    def skipped(self, metrics: Metrics, in_a_row: int, minibatch: Minibatch, rounds: Sequence[Round]) -> None:
+        """Says that an update was skipped, and keeps what it was made from.
+
+        Raises:
+            TrainingError: too many in a row.
+        """
+        c, step = self.config, metrics["step"]
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        why = "a spike (train.spike_sigmas)" if finite else "not finite"
+        texts = [
+            row
+            for sampled in rounds
+            if sampled.scored is not None
+            for row in sample_rows(c, sampled, step, self.setup.tokenizer.end_ids)
+        ]
+        place = f"not kept, as {SKIPPED_KEPT} others are"
+        if self.record.keeps_skipped:
+            place = self.record.skipped(step, hosts.whole((minibatch.batch, minibatch.packs)), texts)
+        what = f"step {step}: loss {loss:.4g} and gradient norm {norm:.4g} are {why}"
+        self.reporter.note(f"{what}: update {in_a_row} in a row that is skipped; its batch: {place}")
+        if in_a_row >= c.train.max_skipped_updates:
             raise TrainingError(
-                f"{skipped} updates in a row were not finite (step {step}, loss {metrics['loss']}); the "
-                f"newest checkpoint is of step {self.checkpoints.latest_step}. Lower "
+                f"{in_a_row} updates in a row were skipped ({what}; train.max_skipped_updates="
+                f"{c.train.max_skipped_updates}); the newest checkpoint is of step "
+                f"{self.record.checkpoints.latest_step}. Look at {self.record.run_dir / 'skipped'}; lower "
                 "optimizer.learning_rate, or set kd.max_abs_logratio"
             )
-        return metrics
 
     def write(self, metrics: Metrics) -> None:
-        if self.writer is not None:
-            self.writer.write(metrics)
+        self.record.metrics(metrics)
+        self.tell_notes()
+        for alarm in self.alarms.at(metrics):
+            self.reporter.alarm(f"step {metrics['step']}: {alarm}")
+            self.record.alarm(metrics["step"], alarm)
         # A step is shown once it is done, so that the bar ends at the last one.
         self.reporter.step(metrics | {"step": metrics["step"] + 1})
-
-    def write_rollouts(self, sampled: Round) -> None:
-        """Readable samples, if due: the first rows, group after group."""
-        c, step = self.config, int(self.state.step)
-        first = step - c.train.updates_per_iteration
-        every = c.log.rollouts_every
-        last = step >= c.train.num_steps
-        due = every and (last or _crossed(first, step, every) or first == 0)
-        if sampled.scored is None or not due or not hosts.is_first():
-            return
-        rows = sample_rows(c, sampled, first, self.setup.tokenizer.end_ids)
-        write_jsonl(self.run_dir / "rollouts" / f"step_{first:06d}.jsonl", rows)
-
-    def evaluate_if_due(self, step: int) -> None:
-        """Evaluates before the first step, every so often, and after the last; once per step."""
-        c = self.config
-        every = c.eval.every
-        last = step >= c.train.num_steps
-        due = step == 0 or last or (every and _crossed(step - c.train.updates_per_iteration, step, every))
-        if self.evaluator is None or not due or self.last_eval == step:
-            return
-        for role, teacher in self.setup.teachers.items():
-            file = self.run_dir / "eval" / f"{role}.json"
-            if not hosts.of_first(file.exists()):
-                self.write_eval(file, self.accuracy(role, teacher.model, teacher.on_device()))
-        results = self.accuracy("student", self.setup.student, self.student_params)
-        if c.eval.agreement:
-            self.reporter.stage("comparing with the teacher")
-            results |= self.evaluator.agreement(self.student_params, should_stop=self.should_stop)
-        self.write_eval(self.run_dir / "eval" / f"step_{step:06d}.json", {"step": step} | results)
-        self.last_eval = step
-        self.reporter.note(f"step {step} evaluated: {summary_line(results)}")
-
-    def write_eval(self, file: Path, results: Results) -> None:
-        if hosts.is_first():
-            write_json(file, results)
-
-    def accuracy(self, who: str, model: Any, params: Any) -> Results:
-        assert self.evaluator is not None
-        return self.evaluator.accuracy(
-            model,
-            params,
-            on_step=lambda what, n, of: self.reporter.stage(f"evaluating {who}, {what}: {n} of {of}"),
-            should_stop=self.should_stop,
-        )
-
-
-def summary_line(results: Results) -> str:
-    """The headline numbers of an evaluation."""
-    parts = [f"{k.split('/')[0]} {v:.1%}" for k, v in results.items() if k.endswith("/accuracy")]
-    if "teacher_reverse_kl" in results:
-        parts.append(f"KL to the teacher {results['teacher_reverse_kl']:.3f}")
-        parts.append(f"same top token {results['teacher_top_agreement']:.1%}")
-    return ", ".join(parts)
-
-
-def _crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return after // every > before // every

@@ -105,6 +105,17 @@ class TrainBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Usual:
+    """Recent values of the loss and of the logarithm of its gradient's norm."""
+
+    count: jax.Array
+    """int32 scalar: updates that were looked at: neither skipped nor without a gradient."""
+    mean_2: jax.Array
+    variance_2: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that training changes. Keys are derived from the seed, never stored."""
 
@@ -114,9 +125,16 @@ class TrainState:
     """What of the student is trained, in float32: all its weights, or its adapters alone."""
     opt_state: Any
     skipped: jax.Array
-    """int32 scalar: updates skipped in a row because they were not finite."""
+    """int32 scalar: updates skipped in a row because they were not finite, or not usual."""
     skipped_total: jax.Array
     """int32 scalar: updates skipped in the whole run."""
+    usual: Usual
+
+    @classmethod
+    def first(cls, params: Params, opt_state: Any) -> "TrainState":
+        """Before any update; the counters are numpy's, to be laid out like the rest."""
+        zero, two = np.zeros((), np.int32), np.zeros(2, np.float32)
+        return cls(zero, params, opt_state, zero, zero, Usual(zero, two, two))  # type: ignore[arg-type]
 
 
 class TrainingError(RuntimeError):

@@ -1,7 +1,6 @@
 """The first rollouts of a run, and updates on recorded ones, on any mesh and any number of processes."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -44,7 +43,7 @@ def open_run(config, sgd):
     if sgd:
         # The update takes the learning rate itself.
         setup = dataclasses.replace(setup, optimizer=optax.identity())
-    return Run(setup, Path(config.run_dir), Console(quiet=True), lambda: False, config.run_dir)
+    return Run(setup, Console(quiet=True), lambda: False, False, config.run_dir)
 
 
 def record(run):

@@ -13,8 +13,9 @@ import pytest
 from test_chat import CHATML, byte_tokenizer
 
 from kdrl_jax.config.data import DataConfig, JsonlSourceConfig, TaskSourceConfig
-from kdrl_jax.data.prompts import PromptStream, encode_completion, load_eval_prompts, open_prompts
-from kdrl_jax.data.sources import JsonlSource, open_source
+from kdrl_jax.data.encoded import encode_completion
+from kdrl_jax.data.prompts import PromptStream, load_eval_prompts, open_prompts
+from kdrl_jax.data.sources import open_source
 from kdrl_jax.data.tasks import is_heldout, task_row
 from kdrl_jax.data.tokenizer import CharTokenizer, Tokenizer
 from kdrl_jax.types import Prompts
@@ -159,7 +160,7 @@ class TestSources:
         with pytest.raises(ValueError, match="holds no rows"):
             open_source(jsonl(write_jsonl(tmp_path / "a.jsonl", "", " ")), False)
         (tmp_path / "b.jsonl").write_bytes(b'{"question": "\xff"}')
-        with pytest.raises(ValueError, match=r"b\.jsonl: not UTF-8"):
+        with pytest.raises(ValueError, match=r"b\.jsonl:1: not UTF-8"):
             open_source(jsonl(tmp_path / "b.jsonl"), False)
 
     def test_completions_when_needed(self, tmp_path: Path) -> None:
@@ -300,9 +301,10 @@ class TestPrompts:
         assert prompts.dropped["a"] == 80
         assert prompts.checked == {"a": 200, "chain_sum/train": 1000}
         assert prompts.describe()[0] == "a: 80 of 200 prompts longer than 5 tokens left out"
+        assert prompts.describe()[1] == "a: 117 questions are there more than once"
         too_long = sum(len(task_row(task(), i).question) > 5 for i in range(1000))
         assert prompts.dropped["chain_sum/train"] == too_long > 100
-        assert f"({too_long} of the first 1000)" in prompts.describe()[1]
+        assert f"({too_long} of the first 1000)" in prompts.describe()[-1]
         lengths = {len(q) for _ in range(20) for q in next(prompts).questions}
         assert lengths == {3, 4, 5}
 
@@ -322,23 +324,23 @@ class TestPrompts:
 
 
 class TestEvalPrompts:
-    def load(self, num_prompts: int, *sources: Any, **data: Any) -> tuple[Prompts, dict[str, int]]:
+    def load(self, num_prompts: int, *sources: Any, **data: Any) -> tuple[Prompts, list[str]]:
         config = DataConfig(train=(task(),), eval=sources, **data)
         return load_eval_prompts(config, CharTokenizer(), chat_template="auto", num_prompts=num_prompts)
 
     def test_sources_take_turns(self, tmp_path: Path) -> None:
         a, b = (jsonl(numbered(tmp_path / name, n)) for name, n in (("a", 9), ("b", 2)))
-        prompts, dropped = self.load(6, a, b)
+        prompts, notes = self.load(6, a, b)
         assert prompts.questions == ("a0", "b0", "a1", "b1", "a2", "a3")
         assert prompts.draws_P.tolist() == list(range(6))
-        assert dropped == {"a": 0, "b": 0}
+        assert notes == []
         assert len(self.load(99, a, b)[0].questions) == 11
 
     def test_over_long_are_passed_over(self, tmp_path: Path) -> None:
         rows = [{"question": "x" * n, "answer": "1"} for n in (9, 1, 9, 2, 9)]
         source = jsonl(write_jsonl(tmp_path / "a", *rows))
-        prompts, dropped = self.load(2, source, max_prompt_tokens=4)
-        assert (prompts.questions, dropped) == (("x", "xx"), {"a": 2})
+        prompts, notes = self.load(2, source, max_prompt_tokens=4)
+        assert (prompts.questions, notes) == (("x", "xx"), ["a: 2 held-out prompts too long, left out"])
         with pytest.raises(ValueError, match=r"all prompts of data\.eval are longer"):
             self.load(2, jsonl(write_jsonl(tmp_path / "b", rows[0])), max_prompt_tokens=4)
 
@@ -349,7 +351,7 @@ class TestEvalPrompts:
 
 @pytest.mark.skipif(not SHARED.exists(), reason="GSM8K is not in ../shared/data")
 def test_gsm8k() -> None:
-    source = JsonlSource(jsonl(SHARED / "gsm8k_train.jsonl", completion_field="answer"))
+    source = open_source(jsonl(SHARED / "gsm8k_train.jsonl", completion_field="answer"), True)
     assert len(source) == 7473
     assert all("####" in source[i].answer for i in range(len(source)))
     config = DataConfig(train=(jsonl(SHARED / "gsm8k_test.jsonl"),), max_prompt_tokens=300)

@@ -142,7 +142,7 @@ def test_scales_are_not_rounded_to_bfloat16():
     np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("estimator", ["k2", "full"])
+@pytest.mark.parametrize("estimator", ["k2", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_learns_from_an_int8_teacher(tmp_path, estimator):
     """On eight devices; its divergence is near that of the teacher in floats, and is not the same."""
     first = []

@@ -25,7 +25,7 @@ from test_step import HEAD, PARAMS, STUDENT, T, config, flat, make_batch, miniba
 from test_train import SHAPE, TREE, assert_same_run, metrics, run
 
 from kdrl_jax import sharding
-from kdrl_jax.config import MeshConfig, load_config, load_run_config
+from kdrl_jax.config import EvalOptions, MeshConfig, load_config, load_run_config
 from kdrl_jax.eval import evaluate
 from kdrl_jax.models import adapters
 from kdrl_jax.models.block import READS_AND_WRITES, Holding, LoRA
@@ -175,15 +175,14 @@ MESH = {"fsdp": 4, "tensor": 2}
 def updated(model, frozen, trained, c, optimizer, mesh=None):
     """(the state before, the state after, metrics) of one compiled update with the state donated."""
     shape = packed.shape_for(16, T, length=2 * T, rows_per_pass=8)
-    zero, mini = jnp.zeros((), jnp.int32), minibatch(c, make_batch(c), shape=shape)
+    mini = minibatch(c, make_batch(c), shape=shape)
     places = None
     if mesh is not None:
         mini = jax.tree.map(lambda x: jax.device_put(x, sharding.rows(mesh) if x.ndim > 1 else None), mini)
-        zero = jax.device_put(zero, sharding.replicated(mesh))
         places = jax.tree.map(lambda x: x.sharding, trained)
     opt_state = jax.jit(optimizer.init)(trained)
     copies = jax.tree.map(jnp.copy, (trained, opt_state))
-    state = TrainState(zero, copies[0], copies[1], jnp.copy(zero), jnp.copy(zero))
+    state = TrainState.first(*copies)
     update = jax.jit(make_update(Objective(c, model, HEAD, shape), optimizer), donate_argnums=0)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         new, measured = update(state, frozen, mini, ())
@@ -289,6 +288,7 @@ def test_a_checkpoint_holds_adapters_alone(trained):
     assert rows[0]["skipped_updates"] == 0
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_bitwise_the_same(tmp_path, trained):
     log = tmp_path / "run" / "metrics.jsonl"
 
@@ -298,7 +298,7 @@ def test_stopped_and_resumed_is_bitwise_the_same(tmp_path, trained):
     _, done = run(tmp_path, "run", should_stop=after_two_steps, **SECTIONS)
     assert not done
     assert 0 < len(metrics(tmp_path / "run")) < 4
-    assert train(load_run_config(tmp_path / "run"), Console(quiet=True), lambda: False, resume=True)
+    assert train(load_run_config(tmp_path / "run"), Console(quiet=True), lambda: False)
     assert_same_run(tmp_path / "run", trained)
 
 
@@ -306,18 +306,21 @@ def test_other_adapters_do_not_fit_a_checkpoint(trained):
     for override in ("student.lora.rank=3", "student.lora=null", "student.lora.targets=[q]"):
         config = load_run_config(trained, [override, "train.num_steps=6"])
         with pytest.raises(ValueError, match="does not fit"):
-            train(config, Console(quiet=True), lambda: False, resume=True)
+            train(config, Console(quiet=True), lambda: False, accept_changes=True)
 
 
 def test_eval_takes_the_trained_adapters(trained):
-    assert evaluate(load_run_config(trained), Console(file=io.StringIO()), lambda: False, is_run=True)
-    found = json.loads((trained / "eval" / "eval.json").read_text())
+    console = Console(file=io.StringIO())
+    assert evaluate(load_run_config(trained), EvalOptions(), console, lambda: False, is_run=True)
+    (file,) = (trained / "eval").glob("eval_*.json")
+    (found,) = json.loads(file.read_text())["evaluations"].values()
     last = json.loads((trained / "eval" / "step_000004.json").read_text())
     assert found == last
     first = json.loads((trained / "eval" / "step_000000.json").read_text())
     assert found["teacher_reverse_kl"] != first["teacher_reverse_kl"]
 
 
+@pytest.mark.slow
 def test_other_runs_begin_from_merged_weights(tmp_path, trained):
     """As student, as teacher (in int8 and bfloat16 too) and as what further adapters are trained on;
     the base is of the seed of the run that trained, not of the one that goes on."""

@@ -93,14 +93,10 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num", "devices", "mesh"),
-    [
-        (1, 4, {}),
-        pytest.param(1, 16, {}, marks=pytest.mark.slow),
-        pytest.param(1, 1, {}, marks=pytest.mark.slow),
-        (2, 2, {"tensor": 2}),
-    ],
+    [(1, 4, {}), (1, 16, {}), (1, 1, {}), (2, 2, {"tensor": 2})],
     ids=["four", "sixteen", "one", "two hosts"],
 )
 def test_a_run_goes_on_on_another_mesh(saved, tmp_path, num, devices, mesh):
@@ -123,7 +119,7 @@ def parameters(run_dir):
     """(leaves of parameters, leaves of the optimizer's state), read on this process's eight devices."""
     checkpoints = Checkpoints(run_dir)
     config = load_run_config(run_dir, ["mesh={data: 1, fsdp: -1, tensor: 1}"])
-    state, _ = checkpoints.restore(make_setup(config).abstract_state())
+    state, _, _ = checkpoints.restore(make_setup(config).abstract_state())
     checkpoints.close()
     return [[np.asarray(x) for x in jax.tree.leaves(tree)] for tree in (state.params, state.opt_state)]
 

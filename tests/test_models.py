@@ -258,9 +258,12 @@ def test_transformers_reads_what_is_exported(name: str, tmp_path: Path) -> None:
     written = dict(tensors.export(family.tensors, source.config, params))
     save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
     golden = np.load(GOLDEN / name / "golden.npz")
-    in_steps = CHECKPOINTS[name].in_steps
-    theirs = hf_logits(hf_model(tmp_path), golden["tokens"], golden["lengths"], in_steps=in_steps)
-    assert relative_error(theirs, golden["logits"]) < 1e-6
+    # Of what was imported, on the same machine: the same weights give the same bits.
+    theirs, imported = (
+        hf_logits(hf_model(folder), golden["tokens"], golden["lengths"], in_steps=CHECKPOINTS[name].in_steps)
+        for folder in (tmp_path, GOLDEN / name)
+    )
+    np.testing.assert_array_equal(theirs, imported)
 
 
 def smollm2() -> Path:

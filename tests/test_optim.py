@@ -362,7 +362,7 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", ["b1", "b2", "eps"])
+@pytest.mark.parametrize("name", ["b1", *(pytest.param(x, marks=pytest.mark.slow) for x in ("b2", "eps"))])
 def test_adafactor_refuses_adams_settings(name):
     with pytest.raises(ValueError, match=rf"optimizer\.{name}=0\.5 is Adam's; optimizer\.kind=adafactor"):
         Config.model_validate({**GOOD, "optimizer": {"kind": "adafactor", name: 0.5}})

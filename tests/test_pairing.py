@@ -330,7 +330,7 @@ def test_a_run_whose_teacher_is_its_student_is_checked_at_its_start(tmp_path):
     text = printed_at_start(config)
     [line] = [line for line in text.splitlines() if "self-check" in line]
     assert 0 < float(line.split("KL ")[1].split()[0]) < 5e-3
-    assert "self-check" not in printed_at_start(load_run_config(tmp_path / "run"), resume=True)
+    assert "self-check" not in printed_at_start(load_run_config(tmp_path / "run"))
 
 
 def test_notes_are_printed(tmp_path):

@@ -11,14 +11,17 @@ from plan_programs import TPU
 from kdrl_jax.config import Config, load_config
 from kdrl_jax.main import main
 from kdrl_jax.plan import tables
+from kdrl_jax.plan.abstract import abstract_head
 from kdrl_jax.plan.chips import CHIPS
 from kdrl_jax.plan.fit import Plan, Planner, candidates, changed, mean_lengths
+from kdrl_jax.plan.logged import logged_names, lower_logged
 from kdrl_jax.plan.measure import _measured, _needed, _too_large
 from kdrl_jax.plan.programs import UPDATE, Lengths, Planned, RunPrograms, bytes_on_chip
 from kdrl_jax.plan.shapes import PUBLISHED, Ids, Shapes, model_shapes
 from kdrl_jax.plan.topology import make_topology
 from kdrl_jax.plan.walk import NOTHING
 from kdrl_jax.rollout.engine import Stopped
+from kdrl_jax.scoring.packer import config_pack_shape
 from kdrl_jax.setup import abstract_setup, check_mesh
 
 TREE = {
@@ -58,6 +61,7 @@ def _no_cache():
 
 
 @TPU
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_cache")
 def test_a_config_is_compiled_and_its_tables_are_kept(tmp_path):
     config = Config.model_validate(tree())
@@ -69,6 +73,9 @@ def test_a_config_is_compiled_and_its_tables_are_kept(tmp_path):
         "score, teacher",
         "update",
         "diagnostics",
+        "log, teacher",
+        "log, student",
+        "log, tokens",
     ]
     assert found.fits
     assert found.slots == 4
@@ -98,6 +105,7 @@ def _student(config):
 
 
 @TPU
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_cache")
 def test_what_does_not_fit_is_helped(tmp_path):
     """A vocabulary too large for one chip: changes are tried until one fits."""
@@ -120,6 +128,7 @@ def test_what_does_not_fit_is_helped(tmp_path):
 
 
 @TPU
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_cache")
 def test_an_update_that_has_no_room_is_computed_again():
     """All that a layer computes is more than a chip has; recomputed, it fits, and that is tried first."""
@@ -234,6 +243,7 @@ def test_what_lives_besides_a_program_is_counted_once():
     states = run.minibatch.teacher.states[0]
     assert run.states == states.size * 2 / 4 > 0
     planned = {p.name: p for p in run.lower()}
+    assert list(planned) == run.names()
     assert planned["prefill"].resident == student + optimizer + teacher
     # The student's and the teacher's states of both minibatches; less what the program gives itself.
     assert planned["score, student"].resident == optimizer + teacher + 2 * run.states
@@ -244,12 +254,47 @@ def test_what_lives_besides_a_program_is_counted_once():
     assert planned["score, student"].runs == planned["score, teacher"].runs == planned["update"].runs == 2
 
 
+@pytest.mark.parametrize(("teachers", "park"), [(1, "never"), (2, "always")])
+def test_tokens_of_logged_rollouts_are_planned(teachers, park):
+    """What `train` compiles in its first iteration beside the update, with what lies there meanwhile."""
+    settings = tree(
+        kd={"coef": 0.1, "estimator": "full"},
+        train={"park_frozen": park, "num_minibatches": 2},
+        log={"rollouts_every": 8, "rollouts_rows": 8},
+    )
+    if teachers == 2:
+        settings |= {"teacher": None, "teachers": dict.fromkeys("ab", TREE["teacher"])}
+        settings["kd"]["mixture"] = {"a": 1.0, "b": 1.0}
+    run = programs(Config.model_validate(settings))
+    found = list(lower_logged(run))
+    assert [p.name for p in found] == logged_names(run)
+    *of_models, tokens = found
+    assert [p.name for p in of_models] == [f"log, {role}" for role in (*run.setup.teachers, "student")]
+    assert {(p.phase, p.runs) for p in found} == {("log", 2 / 8)}
+    scored = 2 * run.states
+    width = next(iter(run.setup.teachers.values())).model.config.embed_dim
+    shape = config_pack_shape(run.setup.config, run.setup.mesh, 8)
+    states = shape.num_rows * shape.length * width * 2 / 4
+    held = run.held
+    for number, planned in enumerate(of_models[:-1]):
+        role = list(run.setup.teachers)[number]
+        others = sum(size for name, size in held.items() if name != role)
+        assert planned.resident == pytest.approx(others + scored + number * states)
+    frozen = sum(held[role] for role in run.setup.teachers)
+    heads = bytes_on_chip({role: abstract_head(t, run.setup.mesh) for role, t in run.setup.teachers.items()})
+    besides = 0 if park == "always" else frozen - heads
+    assert tokens.resident == pytest.approx(held["optimizer"] + scored + besides)
+    assert all(p.model_flops > 0 for p in found)
+    assert not logged_names(programs(Config.model_validate(tree(log={"rollouts_tokens": False}))))
+
+
 def test_heads_of_parked_teachers_stay():
     config = Config.model_validate(
         tree(kd={"coef": 0.1, "estimator": "full"}, train={"park_frozen": "always", "park_optimizer": True})
     )
     run = programs(config)
     planned = {p.name: p for p in run.lower()}
+    assert list(planned) == run.names()
     heads = bytes_on_chip(run.heads)
     assert heads > 0
     assert planned["prefill"].resident == run.held["student"] + heads
@@ -263,6 +308,7 @@ def test_a_student_that_is_its_own_reference_is_counted_once():
     assert run.held["reference"] == 0
     assert run.held["frozen weights of the student"] > 0
     planned = {p.name: p for p in run.lower()}
+    assert list(planned) == run.names()
     assert planned["score, reference"].resident == pytest.approx(
         run.held["student"] + run.held["optimizer"] + run.held["teacher"]
     )
@@ -287,6 +333,7 @@ def test_passes_are_those_of_lengths_spread_about_their_mean():
 
 
 @TPU
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_cache")
 def test_a_slice_that_does_not_go_with_a_config_is_a_row_of_the_comparison(tmp_path, capsys):
     file = tmp_path / "c.yaml"
@@ -326,6 +373,7 @@ def test_models_that_are_trained_first_are_planned_from_their_configs():
     assert set(shapes.of_role) == {"student", "teacher"}
 
 
+@pytest.mark.slow
 def test_each_rung_of_remat_holds_less():
     small = {
         "hidden_size": 64,

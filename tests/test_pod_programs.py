@@ -21,7 +21,7 @@ from kdrl_jax.plan.work import Reader
 from kdrl_jax.setup import check_mesh
 from kdrl_jax.setup.run import abstract_setup
 
-pytestmark = [TPU, pytest.mark.usefixtures("_no_cache")]
+pytestmark = [TPU, pytest.mark.slow, pytest.mark.usefixtures("_no_cache")]
 
 LAYERS = 8
 PAPER = [
@@ -35,7 +35,6 @@ PODS = {
     "v5p:4x4x4": ("mesh.data=4", "mesh.fsdp=16"),
     "v5e:4x4 with tensor": ("mesh.fsdp=8", "mesh.tensor=2"),
 }
-SLOW = ("v5p:4x4x4", "v5e:4x4 with tensor")
 
 
 class Pod:
@@ -96,10 +95,7 @@ def whole_bytes(tree):
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PODS],
-)
+@pytest.fixture(scope="module", params=PODS)
 def pod(request):
     return Pod(request.param.split()[0], PODS[request.param])
 
@@ -172,7 +168,6 @@ def test_parameters_are_laid_out_for_sampling_by_a_program_of_its_own(pod):
     assert bytes_on_chip(pod.run.weights) <= 1.01 * bfloat16
 
 
-@pytest.mark.slow
 def test_between_slices_lies_data_alone():
     """Two slices of v5e:4x4: all that crosses is what gradients and sums come to."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices

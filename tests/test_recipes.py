@@ -55,7 +55,13 @@ def test_every_recipe_is_expected_and_described():
         assert f"configs/recipes/{name}.yaml" in readme, f"{name} is not in README's table"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# The others differ from these in what `test_step` tests: they are trained by -m slow.
+OFTEN = {"kdrl", "kdrl_mask_response", "grpo", "kd_rkl", "seq_kd", "sft", "trrd"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES]
+)
 def test_a_recipe_trains(name, tmp_path):
     tree = {"extends": [str(FOLDER / f"{name}.yaml")], "log": {"dir": str(tmp_path / "run")}} | TINY
     if yaml.safe_load((FOLDER / f"{name}.yaml").read_text()).get("teacher", 0) is None:

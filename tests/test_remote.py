@@ -33,6 +33,18 @@ RUN = {
 }
 
 
+serve = emulator.objects.download
+
+
+def download(request, response, storage, *args, **options):
+    """As the emulator's, and with the header that Google's bucket names the object's version by: tensorstore
+    writes a file anew only if it is the version that it has read."""
+    serve(request, response, storage, *args, **options)
+    if response.status < 300:
+        known = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = known["generation"]
+
+
 @pytest.fixture(scope="module")
 def bucket():
     """The address of an empty bucket that is in memory."""
@@ -49,6 +61,10 @@ def bucket():
         "NO_GCE_CHECK": "true",
     }
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setattr(emulator.objects, "download", download)  # as its `get` calls it for an object's bytes
+        for _, handlers in emulator.HANDLERS:
+            if handlers.get("GET") is serve:
+                patch.setitem(handlers, "GET", download)
         for name, value in env.items():
             patch.setenv(name, value)
         server.start()
@@ -89,6 +105,23 @@ def sums(tmp_path_factory):
 
 
 @pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_whether_results_can_be_written_is_known_before(store, request, monkeypatch):
+    address = request.getfixturevalue(store)
+    folder = as_path(f"{address}/results/of/eval")
+    paths.check_writable(folder)
+    assert not folder.exists()
+    with pytest.raises(FileNotFoundError, match="no such bucket"):
+        paths.check_writable(as_path(f"{address}-that-is-not/results"))
+
+    def refused(self, content):
+        raise RuntimeError("403 Forbidden")
+
+    monkeypatch.setattr(type(folder), "write_bytes", refused)
+    with pytest.raises(OSError, match="403 Forbidden"):
+        paths.check_writable(folder)
+
+
+@pytest.mark.parametrize("store", [pytest.param("bucket", marks=pytest.mark.slow), "s3_bucket"])
 def test_a_run_lives_in_a_bucket(store, sums, tmp_path, request, capsys):
     """Stopped, resumed by its address, evaluated and reported, with data there too: bitwise a local one."""
     address = request.getfixturevalue(store)
@@ -105,7 +138,7 @@ def test_a_run_lives_in_a_bucket(store, sums, tmp_path, request, capsys):
     (as_path(where) / "checkpoints" / "4" / "params" / "manifest.ocdbt").write_bytes(b"half")
     assert Checkpoints(where).latest_step == stopped.latest_step
     stopped.close()
-    assert train(load_run_config(where), Console(quiet=True), lambda: False, resume=True)
+    assert train(load_run_config(where), Console(quiet=True), lambda: False)
     assert main(["eval", "--config", where]) == 0
     assert main(["report", "--config", where]) == 0
     assert f"curves: {where}/report.png" in capsys.readouterr().out
@@ -114,16 +147,50 @@ def test_a_run_lives_in_a_bucket(store, sums, tmp_path, request, capsys):
 
     fetched = tmp_path / "fetched"
     paths.filesystem(where).get(where, str(fetched), recursive=True)
-    assert (fetched / "eval" / "eval.json").exists()
-    (fetched / "eval" / "eval.json").unlink()
+    (results,) = (fetched / "eval").glob("eval_*.json")
+    (samples,) = (fetched / "eval" / "samples").glob("eval_*_step_000004.jsonl")
+    results.unlink()
+    samples.unlink()
     assert tiny_runs.metrics(fetched) == tiny_runs.metrics(sums[1])
     tiny_runs.assert_same_run(fetched, sums[1])
+
+
+@pytest.mark.parametrize("store", ["bucket", "s3_bucket"])
+def test_a_checkpoint_that_is_damaged_in_a_bucket_is_set_aside(store, request):
+    where = f"{request.getfixturevalue(store)}/damaged"
+    writer = Checkpoints(where, write=True)
+    for step in (1, 2):
+        writer.save(step, tiny_runs.small_state(step), {"at": step})
+    writer.close()
+    folder = as_path(where) / "checkpoints"
+    system = paths.filesystem(where)
+    largest = max(system.find(f"{folder}/2/params"), key=system.size)
+    half = system.cat_file(largest)[: system.size(largest) // 2]
+    for file in system.find(f"{folder}/2/params"):
+        system.pipe_file(file, half)
+    reader = Checkpoints(where)
+    state, host, notes = reader.restore(tiny_runs.abstract(tiny_runs.small_state()))
+    assert host == {"at": 1}
+    assert float(state.params["w"][0, 0]) == 1.0
+    assert ["checkpoint 2 cannot be read" in note for note in notes] == [True]
+    assert reader.steps == [1]
+    reader.close()
+    aside = folder / "unreadable" / "2"
+    assert any(half == system.cat_file(file) for file in system.find(str(aside)))
+    assert not system.find(f"{folder}/2")
+    # Another of the same number may be saved, and be read.
+    writer = Checkpoints(where, write=True)
+    writer.save(2, tiny_runs.small_state(2.5), {})
+    writer.wait()
+    state, *_ = writer.restore(tiny_runs.abstract(tiny_runs.small_state()))
+    assert float(state.params["w"][0, 0]) == 2.5
+    writer.close()
 
 
 def test_metrics_are_written_whole_and_never_behind(bucket, monkeypatch):
     where = f"{bucket}/metrics"
     monkeypatch.setattr("kdrl_jax.metrics.REWRITE_S", 1000.0)
-    writer = MetricsWriter(where, first_step=0)
+    writer = MetricsWriter(where)
     for step in range(3):
         writer.write({"step": step})
     assert read_metrics(where) == []
@@ -132,7 +199,7 @@ def test_metrics_are_written_whole_and_never_behind(bucket, monkeypatch):
     writer.write({"step": 3})
     writer.close()
     # A run that was resumed at step 2 writes the later ones again.
-    writer = MetricsWriter(where, first_step=2)
+    writer = MetricsWriter(where, read_metrics(where)[:2])
     assert [m["step"] for m in read_metrics(where)] == [0, 1]
     writer.close()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kdrl_jax.rewards.answers import MAX_TEXT_CHARS, final_number, find_marked, last_number, parse_number
+from kdrl_jax.rewards.choices import choice
 from kdrl_jax.rewards.functions import MAX_REST_CHARS, exact, has_format, numeric, resolve
 from kdrl_jax.rewards.pool import RewardPool, Scored, is_correct, total
 
@@ -118,6 +119,16 @@ GOLDEN: list[tuple[str, str, bool]] = [
     (r"\boxed{72\,\mathrm{km/h}}", "72", True),
     (r"\boxed{x = 72}", "72", True),
     (r"\boxed{72^\circ}", "72", True),
+    (r"$\boxed 72$", "72", True),
+    (r"\boxed72. So it is 72, not 5", "72", True),
+    (r"\boxed -72", "-72", True),
+    (r"\boxed 1,234", "1234", True),
+    (r"\boxed\frac{144}2 as 5", "72", True),
+    (r"\boxed\frac{144}{2} as 5", "72", True),
+    (r"\fbox{72} as 5", "72", True),
+    (r"\boxed{71} or rather \boxed 72", "72", True),
+    (r"\boxed 71 or rather \boxed{72}", "72", True),
+    (r"\boxed{71} in \boxed form", "71", True),
     (r"\boxed{}", "72", False),
     (r"72 \boxed{}", "72", False),
     (r"\boxed{72x}", "72", False),
@@ -429,7 +440,7 @@ def test_what_a_function_started_cannot_hold_an_answer_up(user_rewards: str) -> 
     ("name", "parts"),
     [
         ("numerc", ["'numerc'", "nearest: numeric", "package.module:function"]),
-        ("zzz", ["'zzz'", "exact, format, numeric"]),
+        ("zzz", ["'zzz'", "choice, exact, format, math, numeric, regex"]),
         ("user_rewards", ["package.module:function"]),
         ("user_rewards:", ["package.module:function"]),
         ("no_such_module:f", ["ModuleNotFoundError", "no_such_module", "PYTHONPATH"]),
@@ -458,7 +469,12 @@ def test_a_module_that_ends_the_worker_while_importing(
 
 
 def test_resolve_returns_built_in_functions() -> None:
-    assert [resolve(name) for name in ("numeric", "exact", "format")] == [numeric, exact, has_format]
+    assert [resolve(name) for name in ("numeric", "exact", "format", "choice")] == [
+        numeric,
+        exact,
+        has_format,
+        choice,
+    ]
 
 
 def test_arguments_are_checked(pool: RewardPool) -> None:

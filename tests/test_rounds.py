@@ -54,10 +54,14 @@ def replaced(tmp_path_factory):
 def test_a_run_that_replaces_groups(replaced):
     rows = metrics(replaced)
     assert all(1 <= row["reward/rounds"] <= 3 for row in rows)
+    for row in rows:
+        parts = row["reward/part/numeric"] + 0.1 * row["reward/part/format"]
+        assert row["reward/mean"] == pytest.approx(parts, abs=1e-6)
     drawn = json.loads((replaced / "done.json").read_text())
     assert drawn == {"step": 4}
 
 
+@pytest.mark.slow
 def test_it_resumes_bitwise(replaced, tmp_path):
     asked = iter([False] * 9 + [True])
     sections = {"eval": {"every": 0, "agreement": False}} | REPLACING

@@ -119,7 +119,7 @@ def streams(length):
 @given(data=st.data())
 @settings(
     deadline=None,
-    max_examples=20,
+    max_examples=10,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
     phases=[Phase.generate],  # each example compiles: shrinking one would take minutes

@@ -23,7 +23,7 @@ from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
 from kdrl_jax.step.objective import StepInputs
 from kdrl_jax.step.terms import Terms
 from kdrl_jax.step.update import finish
-from kdrl_jax.types import FrozenScores, Rollouts, TrainState
+from kdrl_jax.types import FrozenScores, Rollouts, TrainState, Usual
 
 V, G, P, T = 23, 4, 4, 20
 STUDENT = make_model(DecoderConfig(V, 16, 24, 2, 4, 2, 8, qkv_bias=True))
@@ -147,8 +147,7 @@ def gradient(
     batch = make_batch(c, seed=seed) if batch is None else batch
     c = c.model_copy(update={"optimizer": c.optimizer.model_copy(update={"learning_rate": one()})})
     update = jax.jit(make_update(Objective(c, student, head, shape), optax.identity()))
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, PARAMS, optax.EmptyState(), zero, zero)
+    state = TrainState.first(PARAMS, optax.EmptyState())
     new, metrics = update(
         state,
         {},
@@ -205,7 +204,12 @@ RL = {
     "reinforce": {"loss": "reinforce", "advantage": "rloo", "denominator": "max_tokens"},
     "trrd": {"loss": "ppo", "anchor_share": 0.5},
 }
-some_kd = pytest.mark.parametrize("kd", KD.values(), ids=KD)
+# What compiles the most kinds of heads; the others follow the same paths, and are tested by -m slow.
+OFTEN = {"k1 reward", "k2", "full", "top_k"}
+some_kd = pytest.mark.parametrize(
+    "kd",
+    [pytest.param(kd, id=n, marks=() if n in OFTEN else pytest.mark.slow) for n, kd in KD.items()],
+)
 
 
 @some_kd
@@ -415,7 +419,13 @@ SHAPES = {
 
 
 @some_cuts
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(s, id=n, marks=() if n in ("shared prompts", "one long row") else pytest.mark.slow)
+        for n, s in SHAPES.items()
+    ],
+)
 def test_packing_does_not_change_the_gradient(cut, shape):
     """However rows are packed and cut into passes: old samples, blockwise attention."""
     c = config(**CUTS[cut])
@@ -579,8 +589,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
     c = config()
     optimizer = optax.scale_by_adam()
     update = jax.jit(make_update(Objective(c, STUDENT, HEAD, SHAPE), optimizer))
-    zero = jnp.zeros((), jnp.int32)
-    state = TrainState(zero, PARAMS, optimizer.init(PARAMS), zero, zero)
+    state = TrainState.first(PARAMS, optimizer.init(PARAMS))
     good = make_batch(c)
     lp = good.frozen.teacher_logprobs_BT.at[0].set(jnp.nan)
     bad = dataclasses.replace(good, frozen=dataclasses.replace(good.frozen, teacher_logprobs_BT=lp))
@@ -597,6 +606,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
     assert int(metrics["skipped_in_a_row"]) == 0
     assert int(metrics["skipped_updates"]) == 1
     assert jnp.abs(flat(after.params) - flat(state.params)).max() > 0
+
+
+def test_a_spike_is_skipped_too_where_that_is_asked_for():
+    optimizer = optax.scale_by_adam()
+    state = TrainState.first(PARAMS, optimizer.init(PARAMS))
+    # Much smaller losses and gradients have been usual than the one that comes.
+    small = Usual(jnp.int32(100), jnp.array([-50.0, -20.0]), jnp.array([0.1, 0.1]))
+    state = dataclasses.replace(state, usual=small)
+    for sigmas, taken in ((None, True), (6.0, False)):
+        c = config(train={"spike_sigmas": sigmas})
+        update = jax.jit(make_update(Objective(c, STUDENT, HEAD, SHAPE), optimizer))
+        after, metrics = update(state, {}, minibatch(c, make_batch(c)), ())
+        assert np.isfinite(metrics["loss"])
+        assert int(metrics["skipped_in_a_row"]) == (not taken)
+        assert bool(jnp.abs(flat(after.params) - flat(state.params)).max() > 0) == taken
+        assert int(after.usual.count) == 100 + taken
 
 
 @pytest.mark.parametrize(
@@ -625,8 +650,7 @@ def test_meshes_give_the_same_gradient(mesh, sections):
     c1 = c.model_copy(update={"optimizer": c.optimizer.model_copy(update={"learning_rate": one()})})
     student = make_model(STUDENT.config, attention=BLOCKWISE)
     update = jax.jit(make_update(Objective(c1, student, HEAD, shape), optax.identity()))
-    zero = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(m))
     with jax.set_mesh(m):
-        new, metrics = update(TrainState(zero, placed, optax.EmptyState(), zero, zero), {}, mini, heads(c))
+        new, metrics = update(TrainState.first(placed, optax.EmptyState()), {}, mini, heads(c))
     close(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), PARAMS, new.params), whole)
     assert_equal_metrics(metrics, measured, atol=1e-6)

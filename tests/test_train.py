@@ -55,9 +55,12 @@ def test_what_a_run_leaves(uninterrupted):
         assert (measured <= set(row)) == (row["step"] % 2 == 0)
         assert row["sampler/logprob_gap"] < 1e-4
     np.testing.assert_allclose([r["kd/coef"] for r in rows], [1.0, 0.9, 0.8, 0.7], rtol=1e-6)
+    names = ["step_000000", "step_000002", "step_000004", "teacher"]
     assert sorted(p.name for p in (uninterrupted / "eval").iterdir()) == [
-        "step_000000.json", "step_000002.json", "step_000004.json", "teacher.json",
+        "samples", *(f"{name}.json" for name in names)
     ]  # fmt: skip
+    kept = sorted(p.name for p in (uninterrupted / "eval" / "samples").iterdir())
+    assert kept == [f"{name}.jsonl" for name in names]
     sample = json.loads((uninterrupted / "rollouts" / "step_000000.jsonl").read_text().splitlines()[0])
     assert {"question", "answer", "completion", "reward", "scores"} <= set(sample)
     assert load_run_config(uninterrupted).train.num_steps == 4
@@ -84,6 +87,7 @@ def test_nothing_is_compiled_after_the_first_iteration(tmp_path):
     assert {r["finish"] for r in first + last} >= {"stop", "length"}
 
 
+@pytest.mark.slow
 def test_int8_keys_and_values_show_in_the_gap_and_slots_do_not(tmp_path, uninterrupted):
     run(tmp_path, "int8", rollout={"cache_dtype": "int8"})
     gaps = [r["sampler/logprob_gap"] for r in metrics(tmp_path / "int8")]
@@ -101,7 +105,8 @@ def test_int8_keys_and_values_show_in_the_gap_and_slots_do_not(tmp_path, uninter
 
 def test_a_report_can_be_drawn(uninterrupted, capsys):
     path = report(uninterrupted, Console())
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert path.read_text().startswith("<!doctype html>")
     assert "greedy" in capsys.readouterr().out
 
 
@@ -116,33 +121,60 @@ class StopAt:
         return self.asked >= self.n
 
 
-@pytest.mark.parametrize("n", [1, 3, 9, 14, 20])
+@pytest.mark.parametrize("n", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 9, 14, 20))])
 def test_stopped_and_resumed_is_bitwise_the_same(tmp_path, uninterrupted, n):
     """Stopped at many places (evaluation, sampling, between updates), then resumed to the end."""
     config, done = run(tmp_path, "run", should_stop=(stop := StopAt(n)))
     assert not done, f"only asked {stop.asked} times"
     assert not is_complete(config)
     again = load_run_config(tmp_path / "run")
-    assert train(again, Console(quiet=True), lambda: False, resume=True)
+    assert train(again, Console(quiet=True), lambda: False)
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    """Also where Python orders its sets otherwise, and to the bytes of an export; another seed does not."""
+    config, written = str(config_file(tmp_path, train={"num_steps": 3})), {}
+    for name, hash_seed, seed in (("a", "1", 0), ("b", "2", 0), ("c", "2", 1)):
+        place = tmp_path / name
+        argv = [sys.executable, "-m", "kdrl_jax.main"]
+        settings = [f"log.dir={place}", f"seed={seed}", "deterministic=true"]
+        env = os.environ | {"PYTHONHASHSEED": hash_seed}
+        subprocess.run([*argv, "--config", config, *settings], env=env, check=True)
+        subprocess.run([*argv, "export", "--config", str(place), f"out={place / 'out'}"], env=env, check=True)
+        written[name] = {
+            file.relative_to(place).as_posix(): file.read_bytes()
+            for folder in ("rollouts", "eval", "out")
+            for file in (place / folder).rglob("*")
+            if file.is_file()
+        }
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert any(name.endswith(".safetensors") for name in written["a"])
+    assert written["a"] == written["b"]
+    assert written["c"].keys() == written["a"].keys()
+    assert all(written["c"][name] != written["a"][name] for name in written["a"] if "rollouts" in name)
+
+
+@pytest.mark.slow
 def test_minibatches_and_several_resumes(tmp_path):
     """Two updates an iteration; stopped again and again."""
     sections = {"train": {"num_minibatches": 2, "num_steps": 4}, "kd": {"mask": "response"}}
     _, done = run(tmp_path, "whole", **sections)
     assert done
-    _, done = run(tmp_path, "parts", should_stop=StopAt(6), **sections)
+    _, done = run(tmp_path, "parts", should_stop=StopAt(10), **sections)
     turns = 0
     while not done:
         turns += 1
         assert turns < 30
         again = load_run_config(tmp_path / "parts")
-        done = train(again, Console(quiet=True), StopAt(6 + 4 * turns), resume=True)
+        done = train(again, Console(quiet=True), StopAt(10 + 8 * turns))
     assert turns > 1
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_runs_it_needs(tmp_path):
     """Teacher and student by SFT first, inside the run; the second time they are just loaded."""
     sft = {
@@ -171,15 +203,28 @@ def test_a_run_trains_the_runs_it_needs(tmp_path):
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kd/reverse_kl"]) < 1e-6
     longer = load_run_config(tmp_path / "run", ["train.num_steps=2"])
-    assert train(longer, Console(quiet=True), lambda: False, resume=True)
+    assert train(longer, Console(quiet=True), lambda: False)
     assert [m["step"] for m in metrics(tmp_path / "run")] == [0, 1]
+    # Its teacher is not trained on behind its back.
+    sft["train"]["num_steps"] = 3
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(sft))
+    longer = load_run_config(tmp_path / "run", ["train.num_steps=3"])
+    with pytest.raises(ValueError, match=r"teacher|student") as refused:
+        train(longer, Console(quiet=True), lambda: False)
+    assert "train.num_steps was 2, is 3" in str(refused.value)
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 def test_other_settings_in_the_same_directory_are_refused(uninterrupted, tmp_path):
-    config = load_config(config_file(tmp_path), [f"log.dir={uninterrupted}", "train.num_steps=9"])
     before = (uninterrupted / "config.yaml").read_text()
-    with pytest.raises(ValueError, match=r"train\.num_steps was 4, is 9"):
-        train(config, Console(quiet=True), lambda: False)
+    settings = ["train.num_steps=9", "kd.max_abs_logratio=7"]
+    for config in (
+        load_config(config_file(tmp_path), [f"log.dir={uninterrupted}", *settings]),
+        load_run_config(uninterrupted, settings),
+    ):
+        with pytest.raises(ValueError, match=r"\(kd\.max_abs_logratio was .*, is 7\.0\)") as refused:
+            train(config, Console(quiet=True), lambda: False)
+        assert "--accept-changes" in str(refused.value)
     assert (uninterrupted / "config.yaml").read_text() == before
 
 
@@ -188,12 +233,12 @@ def test_a_refused_resume_changes_nothing(uninterrupted):
     before = (uninterrupted / "config.yaml").read_text()
     for override, wanted in {
         "student.architecture.hidden_size=32": "does not fit",
-        "optimizer.weight_decay=0.1": "does not fit",
+        "optimizer.kind=muon": "does not fit",
         "seed=5": "seed",
     }.items():
         config = load_run_config(uninterrupted, [override, "train.num_steps=6"])
         with pytest.raises(ValueError, match=wanted):
-            train(config, Console(quiet=True), lambda: False, resume=True)
+            train(config, Console(quiet=True), lambda: False, accept_changes=True)
         assert (uninterrupted / "config.yaml").read_text() == before
 
 
@@ -210,11 +255,11 @@ def test_stopped_in_a_prerequisite_resumes_the_whole(tmp_path, capsys):
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         train(other, Console(quiet=True), lambda: False)
     again = load_run_config(tmp_path / "run")
-    assert train(again, Console(quiet=True), lambda: False, resume=True)
+    assert train(again, Console(quiet=True), lambda: False)
     assert is_complete(config)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_signals_save_and_say_how_to_resume(tmp_path, number):
     path = config_file(tmp_path, train={"num_steps": 100_000}, eval={"every": 0})
     command = [sys.executable, "-m", "kdrl_jax.main", "--config", str(path), f"log.dir={tmp_path / 'run'}"]
@@ -306,7 +351,11 @@ def test_a_reward_that_raises_is_counted_and_the_run_goes_on(tmp_path, monkeypat
     assert row["error"].startswith("ZeroDivisionError")
 
 
-@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}}], ids=["weights", "adapters"])
+@pytest.mark.parametrize(
+    "student",
+    [{}, pytest.param({"lora": {"rank": 2}}, marks=pytest.mark.slow)],
+    ids=["weights", "adapters"],
+)
 def test_at_learning_rate_0_the_mean_ratio_is_1(student, tmp_path):
     """Whatever the temperature and however many updates: sampler, trainer and old policy are one."""
     sections = {
@@ -440,6 +489,7 @@ def test_hidden_time_ends_when_the_work_does_or_is_waited_for(done, wanted):
     assert "time/none_hidden" not in clock.laps
 
 
+@pytest.mark.slow
 def test_a_cpu_is_taken_apart(tmp_path):
     """In a process of its own, before JAX starts: rows lie on both devices. Here it has started."""
     path = config_file(tmp_path, mesh={"cpu_devices": 2}, log={"dir": str(tmp_path / "run")})
@@ -483,6 +533,7 @@ def test_what_only_observes_a_run_may_change(tmp_path):
         check_same_run(load_config(path, [*same, "seed=9"]))
 
 
+@pytest.mark.slow
 def test_steps_are_traced(tmp_path):
     """One trace of whole iterations, with the scopes of the model's blocks in it."""
     _, done = run(tmp_path, "run", log={"profile_steps": [1, 2]}, eval={"every": 0, "agreement": False})

@@ -1,16 +1,21 @@
 """Whole runs of a tiny model, for tests."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
+from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import load_config, load_run_config
 from kdrl_jax.setup import make_setup
 from kdrl_jax.train import train
+from kdrl_jax.types import TrainState
 
 SHAPE = {
     "hidden_size": 16,
@@ -53,12 +58,20 @@ def run(folder, name, should_stop=lambda: False, overrides=(), **sections):
     return config, train(config, Console(quiet=True), should_stop)
 
 
+def numbers(results):
+    """The numbers of an evaluation, flat, for `pytest.approx`, which looks into no lists."""
+    results = {k: v for k, v in results.items() if not isinstance(v, str)}
+    lists = {k: v for k, v in results.items() if isinstance(v, list)}
+    ends = {f"{k}[{i}]": x for k, v in lists.items() for i, x in enumerate(v)}
+    return {k: v for k, v in results.items() if k not in lists} | ends
+
+
 def parameters(run_dir):
     config = load_run_config(run_dir)
     checkpoints = Checkpoints(run_dir)
-    state, host = checkpoints.restore(make_setup(config).abstract_state())
+    state, host, _ = checkpoints.restore(make_setup(config).abstract_state())
     checkpoints.close()
-    return jax.tree.map(np.asarray, (state.params, state.opt_state, state.step)), host
+    return jax.tree.map(np.asarray, (state.params, state.opt_state, state.step)), host["run"]
 
 
 def metrics(run_dir):
@@ -73,7 +86,24 @@ def assert_same_run(a, b):
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(x, y)
     for folder in ("eval", "rollouts"):
-        files = sorted(p.name for p in (a / folder).iterdir())
-        assert files == sorted(p.name for p in (b / folder).iterdir())
+        files, others = (
+            sorted(str(p.relative_to(d / folder)) for p in (d / folder).rglob("*.json*")) for d in (a, b)
+        )
+        assert files == others
         for name in files:
             assert (a / folder / name).read_text() == (b / folder / name).read_text()
+
+
+def small_state(value=0.0):
+    """A state of a few arrays over 8 devices, which is saved and read in no time."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    leaf = jax.device_put(jnp.full((64, 256), value), place)
+    state = TrainState.first({"w": leaf}, {"m": leaf + 1})
+    everywhere = sharding.replicated(mesh)
+    counters = jax.device_put(dataclasses.replace(state, params={}, opt_state={}), everywhere)
+    return dataclasses.replace(counters, params=state.params, opt_state=state.opt_state)
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,19 +1,23 @@
 """Every setting of a run: the typed schema, and how YAML and overrides become it."""
 
+from kdrl_jax.config.changes import Change, changes
 from kdrl_jax.config.commands import (
     COMMANDS,
+    EvalOptions,
     ExportOptions,
+    ReportOptions,
     SampleOptions,
     options_help,
     read_options,
 )
 from kdrl_jax.config.data import DataConfig, JsonlSourceConfig, SourceConfig, TaskSourceConfig
 from kdrl_jax.config.errors import ConfigError
-from kdrl_jax.config.load import config_for_model, differences, load_config, load_run_config, save_config
+from kdrl_jax.config.load import config_for_model, load_config, load_run_config, save_config
 from kdrl_jax.config.models import ArchitectureConfig, LoRAConfig, ModelConfig, TokenizerConfig
 from kdrl_jax.config.objective import Denominator, EntropyConfig, KDConfig, RefConfig, RLConfig, SFTConfig
 from kdrl_jax.config.schedules import Schedule
 from kdrl_jax.config.schema import (
+    AlarmsConfig,
     CheckpointConfig,
     Config,
     EvalConfig,
@@ -27,7 +31,9 @@ from kdrl_jax.config.schema import (
 
 __all__ = [
     "COMMANDS",
+    "AlarmsConfig",
     "ArchitectureConfig",
+    "Change",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -35,6 +41,7 @@ __all__ = [
     "Denominator",
     "EntropyConfig",
     "EvalConfig",
+    "EvalOptions",
     "ExportOptions",
     "JsonlSourceConfig",
     "KDConfig",
@@ -45,6 +52,7 @@ __all__ = [
     "OptimizerConfig",
     "RLConfig",
     "RefConfig",
+    "ReportOptions",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",
@@ -54,8 +62,8 @@ __all__ = [
     "TaskSourceConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "changes",
     "config_for_model",
-    "differences",
     "load_config",
     "load_run_config",
     "options_help",

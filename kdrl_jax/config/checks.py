@@ -1,5 +1,6 @@
 """Settings that cannot all be meant. Each check names the keys, their values and what to change."""
 
+import re
 from typing import TYPE_CHECKING
 
 from kdrl_jax.config.estimators import SAMPLED
@@ -18,6 +19,7 @@ def check_contradictions(c: "Config") -> None:
     _check_models(c)
     _check_teachers(c)
     _check_unread(c)
+    _check_pattern(c)
     _check_optimizer(c)
     _check_terms(c)
     _check_source(c)
@@ -109,11 +111,34 @@ def _check_unread(c: "Config") -> None:
             "kd.end_token=false leaves out the last token of completions that have ended, which with "
             "rollout.stop is text; use one of them"
         )
+    for i, source in enumerate(c.data.eval):
+        if source.weight != 1:
+            raise ValueError(
+                f"data.eval.{i}.weight={source.weight}, but held-out questions are taken from their sources "
+                "in turn; remove it"
+            )
     if c.reward.overlong_buffer and not rl:
         raise ValueError(f"reward.overlong_buffer={c.reward.overlong_buffer} is a reward, but rl.coef is 0")
+    if c.reward.length_weight and not rl:
+        raise ValueError(f"reward.length_weight={c.reward.length_weight} is a reward, but rl.coef is 0")
     if any(s.teacher for s in c.data.eval):
         raise ValueError(
             "a source of data.eval names a teacher; teachers score completions of data.train only"
+        )
+
+
+def _check_pattern(c: "Config") -> None:
+    r = c.reward
+    if "regex" in (r.verifier, *r.shaping):
+        if r.pattern is None:
+            raise ValueError("the verifier regex needs reward.pattern, a regular expression")
+        try:
+            re.compile(r.pattern)
+        except re.error as error:
+            raise ValueError(f"reward.pattern={r.pattern!r} is no regular expression: {error}") from error
+    elif r.pattern is not None:
+        raise ValueError(
+            f"reward.pattern={r.pattern!r} is read by regex alone; set reward.verifier=regex, or remove it"
         )
 
 
@@ -184,6 +209,8 @@ def _check_source(c: "Config") -> None:
         return
     if c.kd.mask != "none":
         raise ValueError(f"kd.mask={c.kd.mask} needs verified completions, not rollout.source=dataset")
+    if c.data.curriculum is not None:
+        raise ValueError("data.curriculum needs verified completions, not rollout.source=dataset")
     if c.rollout.group_size != 1:
         raise ValueError(
             f"rollout.group_size={c.rollout.group_size} with rollout.source=dataset; "

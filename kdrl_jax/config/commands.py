@@ -4,6 +4,7 @@ Every other `section.key=value` word overrides the config.
 """
 
 import difflib
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,6 +28,8 @@ class SampleOptions(Section):
     """Take the most likely token each time, instead of drawing one."""
     step: Count | None = None
     """The checkpoint of the run to sample from; null is the newest."""
+    show: Literal["logprob"] | None = None
+    """On a terminal, colours each token by its log-probability: the lighter, the less likely it was."""
 
     @field_validator("prompt")
     @classmethod
@@ -59,13 +62,73 @@ class ExportOptions(Section):
         return out
 
 
+class ReportOptions(Section):
+    """Options of `report`."""
+
+    runs: str = ""
+    """Further run directories, with commas between them; those that differ in their seed alone become one
+    curve with a band."""
+    out: str = ""
+    """The page to write, and beside it the picture; if empty, report.html in the run's directory."""
+
+    @property
+    def others(self) -> list[str]:
+        return [name.strip() for name in self.runs.split(",") if name.strip()]
+
+    @field_validator("out")
+    @classmethod
+    def _check(cls, out: str) -> str:
+        if out and not out.endswith(".html"):
+            raise ValueError("write the name of a file that ends in .html")
+        return out
+
+
+class EvalOptions(Section):
+    """Options of `eval`."""
+
+    steps: Literal["last", "best", "all"] | tuple[Count, ...] = "last"
+    """Which checkpoints of the run are evaluated, side by side: `last`, `best` (of those that training
+    evaluated with these settings, by sampled accuracy, or else greedy; of equal ones the newer), `all`, or
+    their steps: 10,20."""
+    with_teacher: Flag | None = None
+    """Evaluate the teachers too. null shows what training has found of them with these settings."""
+    out: str | None = None
+    """The folder that results and samples are written to; null is `eval/` of a run, and otherwise none."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _listed(cls, steps: Any) -> Any:
+        """`10` and `10,20` as lists."""
+        if isinstance(steps, int) and not isinstance(steps, bool):
+            return (steps,)
+        if isinstance(steps, str) and re.fullmatch(r"[0-9]+( *, *[0-9]+)*", steps):
+            return tuple(int(step) for step in steps.split(","))
+        if isinstance(steps, str) and steps not in ("last", "best", "all"):
+            raise ValueError("write last, best, all, or steps: 10,20")
+        return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _check_steps(cls, steps: Any) -> Any:
+        if not steps:
+            raise ValueError("name at least one step")
+        return steps if isinstance(steps, str) else tuple(dict.fromkeys(steps))
+
+    @field_validator("out")
+    @classmethod
+    def _check_out(cls, out: str | None) -> str | None:
+        if out is not None and (not out.strip() or "\0" in out):
+            raise ValueError("write the name of a folder")
+        return out
+
+
 COMMANDS: dict[str, type[Section] | None] = {
     "train": None,
-    "eval": None,
+    "eval": EvalOptions,
     "sample": SampleOptions,
     "plan": None,
     "export": ExportOptions,
-    "report": None,
+    "report": ReportOptions,
 }
 """Command -> its options, if it has any."""
 
@@ -85,7 +148,7 @@ def read_options(command: str, kind: type[Options], words: Sequence[str]) -> tup
     for word in words:
         key, equals, text = word.partition("=")
         if key in kind.model_fields and equals:
-            is_text = kind.model_fields[key].annotation is str
+            is_text = kind.model_fields[key].annotation in (str, str | None)
             values[key] = text if is_text else _read_yaml(command, word, text)
         elif equals and ("." in key or key.strip() in (*Config.model_fields, "")):
             overrides.append(word)
@@ -119,7 +182,8 @@ def _misspelt(key: str, text: str, has_value: bool, kind: type[Section]) -> str:
     options = list(kind.model_fields)
     valid = f"options here: {', '.join(f'{name}=' for name in options)}"
     if not has_value:
-        first = next(name for name, field in kind.model_fields.items() if field.is_required())
+        required = (name for name, field in kind.model_fields.items() if field.is_required())
+        first = next(required, options[0])
         return f"{show(key)} has no '='; write {first}=... or section.key=value ({valid})"
     near = difflib.get_close_matches(key, [*options, *Config.model_fields], n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}" if near else valid

@@ -84,7 +84,7 @@ def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = 
 
 
 def config_for_model(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """A config around one model's files, for commands that train nothing (sample, export).
+    """A config around one model's files, for commands that train nothing (eval, sample, export).
 
     The student is the model; sampling stops after 256 tokens. What a config cannot do without (data,
     steps) is filled in with values that these commands do not read. Everything else is the default.

@@ -133,3 +133,27 @@ def bounds(schedule: Schedule) -> tuple[float, float]:
     if schedule.warmup_steps:
         values.append(0.0)
     return min(values), max(values)
+
+
+def value_at(schedule: Schedule, step: int) -> float:
+    """The value at a step, as `optim.make_schedule` has it, without starting a device."""
+    if step < schedule.warmup_steps:
+        return value_at(schedule.model_copy(update={"warmup_steps": 0}), 0) * step / schedule.warmup_steps
+    at = step - schedule.warmup_steps
+    match schedule:
+        case Constant():
+            return schedule.value
+        case Linear():
+            return schedule.start + (schedule.end - schedule.start) * min(at / schedule.steps, 1.0)
+        case Cosine():
+            part = (1 + math.cos(math.pi * min(at / schedule.steps, 1.0))) / 2
+            return schedule.end + (schedule.start - schedule.end) * part
+        case Exponential():
+            value: float = schedule.start * schedule.rate ** (at / schedule.steps)
+            if schedule.end is None:
+                return value
+            return max(value, schedule.end) if schedule.rate < 1 else min(value, schedule.end)
+        case Piecewise():
+            return next(v for s, v in reversed(schedule.values.items()) if s <= at)
+        case MaxLinear():
+            return max(schedule.a - schedule.b * at, schedule.c)

@@ -50,7 +50,12 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     verifier: str = "numeric"
-    """Decides correctness (score 1): `numeric`, `exact`, or your own `package.module:function`."""
+    """Decides correctness (score 1): `numeric`, `math` (LaTeX: needs the extra `math`), `choice` (letters),
+    `exact`, `regex`, or your own `package.module:function`. What each takes for equal is in
+    docs/verifiers.md."""
+    pattern: str | None = None
+    """The regular expression of `regex`: what its first group holds in the last match is compared with the
+    gold answer as `exact` does; without a group it must match the whole completion."""
     shaping: dict[str, Real] = Field(default_factory=dict)
     """Further reward functions and their weights, added to the verifier's score, e.g. `{format: 0.1}`."""
     num_workers: Positive = 2
@@ -61,6 +66,9 @@ class RewardConfig(Section):
     (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13); 0: none do."""
     overlong_penalty: AboveZero = 1.0
     """What the longest lose."""
+    length_weight: NonNegative = 0.0
+    """Weight of Kimi k1.5's length reward (arXiv 2501.12599, section 2.3.3): of a group's completions the
+    shortest gains half of it and the longest loses half, but wrong ones gain nothing. 0: none."""
 
 
 class OptimizerConfig(Section):
@@ -118,7 +126,11 @@ class TrainConfig(Section):
     """Steps between measurements of the separate RL and KD gradients (0: never). One measurement costs
     a forward and two backward passes: about 1.6 updates, shown as `time/diagnostics`."""
     max_skipped_updates: Positive = 5
-    """Non-finite updates in a row after which the run stops."""
+    """Skipped updates in a row after which the run stops."""
+    spike_sigmas: AboveZero | None = None
+    """An update is skipped, as one that is not finite is, if its loss or the logarithm of its gradient's norm
+    lies so many standard deviations above what the last 50 or so updates had. null: none is; where rewards
+    are rare, the first of them are spikes too."""
 
     @property
     def updates_per_iteration(self) -> int:
@@ -170,13 +182,44 @@ class EvalConfig(Section):
     policy itself."""
     agreement: Flag = False
     """Compare student and teacher on the teacher's own greedy answers to the held-out prompts."""
+    keep_samples: Count = 64
+    """The answers to the first so many questions are kept to be read, in `eval/samples/` (0: none)."""
 
 
 class CheckpointConfig(Section):
     every: Count = 50
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves at the end only. Arrays are written while the run goes on."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; with 1 there is none to go back to where the newest is damaged."""
+    keep_every: Count = 0
+    """Checkpoints of steps that are multiples of it are kept as well; 0: none."""
+    keep_best: Count = 0
+    """So many of the highest held-out accuracy (sampled, else greedy; of equal ones the newer) are kept as
+    well; 0: none. What is evaluated is then saved too, from the first update on."""
+    stop_within_s: AboveZero | None = 25.0
+    """Seconds that a run asked to end by SIGTERM has to reach a place where it can save, and to save. Then it
+    ends all the same, and goes on from its newest checkpoint. Spot TPUs are taken away after 30 s. null: as
+    long as it takes, as for Ctrl-C."""
+    preemption_notice: Literal["google"] | None = None
+    """Whose word that the machine will be taken away counts as SIGTERM: `google` asks the metadata server of
+    Google Cloud's machines every two seconds. null: nobody's but the signal's."""
+
+
+class AlarmsConfig(Section):
+    """When a run is told to go wrong; it goes on. null switches an alarm off. Each compares means over
+    `window` steps, and is raised once until it has passed."""
+
+    window: Positive = 20
+    reward_collapse: Fraction | None = 0.5
+    """`reward/solved_frac` is below this share of the best that it was, if that was 5 % or more."""
+    length_blow_up: AboveZero | None = 2.0
+    """`completion/length_mean` is so many times that of the run's first steps, and more completions than then
+    are cut off."""
+    entropy_collapse: Fraction | None = 0.1
+    """`entropy` is below this share of that of the run's first steps, and fewer than 80 % are solved."""
+    teacher_mismatch: AboveZero | None = 3.0
+    """`kd/reverse_kl` is above so many nats a token, and not falling: the teacher does not know what it is
+    shown, as under another chat template or vocabulary."""
 
 
 class PlanConfig(Section):
@@ -199,10 +242,27 @@ class LogConfig(Section):
     rollouts_every: Count = 10
     """Steps between rollouts written to `rollouts/` (0: never). The last step is always written."""
     rollouts_rows: Positive = 16
-    """Rows written each time."""
+    """Rows written each time, in whole groups: at least one."""
+    rollouts_tokens: Flag = True
+    """Write each token of them too: its log-probability and, where a teacher scores, the exact reverse KL and
+    the teacher's most likely tokens there. `report` shows them; the file is about ten times as large."""
+    writers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Programs that are told what the run's files are told; each has an extra of its name, and settings of
+    its own in its environment. A resumed run goes on there. None can slow a run or end it."""
+    project: str = "kdrl_jax"
+    """Where runs are kept together: W&B's and trackio's project, MLflow's experiment."""
+    group: str | None = None
+    """What groups runs within it, such as seeds of one setting."""
     profile_steps: tuple[Count, Count] | None = None
     """Steps [first, last) that are traced for xprof, in whole iterations, to `profile/`: of [2, 4] none
     compiles any more."""
+
+    @field_validator("writers")
+    @classmethod
+    def _check_writers(cls, writers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(writers)) < len(writers):
+            raise ValueError(f"{', '.join(writers)}: name each once")
+        return writers
 
 
 class Config(Section):
@@ -212,6 +272,9 @@ class Config(Section):
     """The run's name, and the folder of `runs/` it lives in."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     """Below 2**32: JAX's keys have no room for more, and would repeat those of smaller seeds."""
+    deterministic: Flag = False
+    """The same seed, machine and mesh give the same bytes. CPUs and TPUs do that anyway; GPUs then use only
+    kernels that do, which can be slower."""
     student: ModelConfig
     teacher: ModelConfig | None = None
     teachers: dict[str, ModelConfig] = Field(default_factory=dict)
@@ -234,6 +297,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     plan: PlanConfig = PlanConfig()
     cache_dir: str | None = "~/.cache/kdrl_jax"
     """Where compiled programs wait for the next run of the same ones, and tables of `plan`; null: nowhere."""

@@ -2,13 +2,12 @@
 
 Every row follows from (seed, position) alone, and a position in the stream is one number: a resumed run
 draws what the uninterrupted one would have drawn, and each process of a job only its own rows of every
-batch, on however many hosts. Question sets fit in memory or are made up as they are drawn, so that no
-worker processes are needed.
+batch, on however many hosts. (With a curriculum, from (seed, position, outcomes so far); these are saved
+with the position.) Question sets fit in memory or are made up as they are drawn, so that no worker processes
+are needed.
 """
 
-import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,115 +15,38 @@ import grain
 import numpy as np
 
 from kdrl_jax.config.data import DataConfig, SourceConfig
-from kdrl_jax.data.chat import ChatMode, render_prompt
-from kdrl_jax.data.sources import Row, Source, open_source
+from kdrl_jax.data.chat import ChatMode
+from kdrl_jax.data.curriculum import Curriculum, Place
+from kdrl_jax.data.decontaminate import HeldOutQuestions
+from kdrl_jax.data.encoded import Encoded, EncodedSource, Encoder, HeldOut
+from kdrl_jax.data.sources import Source, open_source
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.types import Prompts
 
-TASK_ROWS_CHECKED = 1000
-"""Rows of a task that are tokenised at the start, to report how many are too long."""
+MADE_ROWS_COMPARED = 1000
+"""Of a source of data.eval that makes its questions up, so many are kept away from training."""
 
 
-def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a completion to imitate, its end token included (ending is trained too).
+class _Rows:
+    """The numbers of a source's rows, for grain to shuffle, repeat and mix."""
 
-    Raises:
-        ValueError: naming a character the tokenizer lacks.
-    """
-    return [*tokenizer.encode(text), tokenizer.end_ids[0]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-    row: Row
-    ids: np.ndarray
-    """int32 [length], the prompt's tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoder:
-    """Rows of any source to token ids."""
-
-    tokenizer: Tokenizer
-    prompt_template: str
-    chat_template: ChatMode
-    max_prompt_tokens: int
-
-    def __call__(self, source: Source, index: int, check_completion: bool = False) -> _Encoded | None:
-        """A row with its prompt's ids, or None if there are more than `max_prompt_tokens`."""
-        row = source[index]
-        try:
-            ids = render_prompt(self.tokenizer, row.question, self.prompt_template, self.chat_template)
-            if check_completion:
-                encode_completion(self.tokenizer, row.completion or "")
-        except ValueError as error:
-            raise ValueError(f"{source.place(index)}: {error}") from None
-        return _Encoded(row, np.array(ids, np.int32)) if len(ids) <= self.max_prompt_tokens else None
-
-    def to_prompts(self, encoded: Sequence[_Encoded], draws: np.ndarray) -> Prompts:
-        """`Prompts` of some rows, with their numbers."""
-        tokens_PT = np.full((len(encoded), self.max_prompt_tokens), self.tokenizer.pad_id, np.int32)
-        for tokens_T, e in zip(tokens_PT, encoded, strict=True):
-            tokens_T[: len(e.ids)] = e.ids
-        return Prompts(
-            tokens_PT=tokens_PT,
-            lengths_P=np.array([len(e.ids) for e in encoded], np.int32),
-            draws_P=draws.astype(np.int32),
-            questions=tuple(e.row.question for e in encoded),
-            answers=tuple(e.row.answer for e in encoded),
-            completions=tuple(e.row.completion for e in encoded),
-            sources=tuple(e.row.source for e in encoded),
-        )
-
-
-class _EncodedSource:
-    """Random access to the encoded rows of one source, for grain."""
-
-    def __init__(self, source: Source, encode: _Encoder, needs_completion: bool):
-        self.name = source.name
-        self.checked = len(source) if source.in_memory else min(len(source), TASK_ROWS_CHECKED)
-        looked_at = [encode(source, i, needs_completion) for i in range(self.checked)]
-        kept = [e for e in looked_at if e is not None]
-        self.dropped = self.checked - len(kept)
-        if not kept:
-            raise ValueError(
-                f"{self.name}: all {self.checked} prompts are longer than data.max_prompt_tokens="
-                f"{encode.max_prompt_tokens}; raise it (a chat template counts too)"
-            )
-        self._encode = encode
-        self._source = None if source.in_memory else source
-        self._kept = kept
-        self._length = len(kept) if source.in_memory else len(source)
+    def __init__(self, source: int, length: int):
+        self._source, self._length = source, length
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> _Encoded:
-        if self._source is None:
-            return self._kept[index]
-        # The next row in place of an over-long one, so that a position has one row whatever was drawn before
-        # it. Some of the first rows fit, so this ends.
-        rows = (self._encode(self._source, i % self._length) for i in itertools.count(index))
-        return next(encoded for encoded in rows if encoded is not None)
-
-    def describe(self, limit: int) -> str:
-        """One line on what was kept."""
-        if self._source is None:
-            return (
-                f"{self.name}: {self.dropped} of {self.checked} prompts longer than {limit} tokens left out"
-            )
-        return (
-            f"{self.name}: {len(self)} rows made when drawn; prompts longer than {limit} tokens left out "
-            f"({self.dropped} of the first {self.checked})"
-        )
+    def __getitem__(self, index: int) -> Place:
+        return self._source, int(index)
 
 
 class PromptStream(Iterator[Prompts]):
     """An endless stream of `Prompts`, with an exact position. Made by `open_prompts`."""
 
-    def __init__(self, sources: Sequence[_EncodedSource], weights: Sequence[float],
-                 teachers: Sequence[str | None], encode: _Encoder, rows: np.ndarray,
-                 prompts_per_iteration: int, seed: int):  # fmt: skip
+    def __init__(self, sources: Sequence[EncodedSource], weights: Sequence[float],
+                 teachers: Sequence[str | None], encode: Encoder, rows: np.ndarray,
+                 prompts_per_iteration: int, seed: int, held_out: HeldOut | None,
+                 curriculum: Curriculum | None):  # fmt: skip
         self.dropped: dict[str, int] = {s.name: s.dropped for s in sources}
         """Over-long prompts per source, among all rows of a file or the first rows of a task."""
         self.checked: dict[str, int] = {s.name: s.checked for s in sources}
@@ -133,36 +55,74 @@ class PromptStream(Iterator[Prompts]):
             s.name: teacher for s, teacher in zip(sources, teachers, strict=True)
         }
         """The teacher that the config gives each source."""
-        self._sources = sources
+        self._sources, self._weights = sources, weights
         self._encode = encode
         # What the order follows from, kept in the state: a position in another stream means nothing.
-        self._identity = {
-            "version": 2,  # 1 stepped over over-long rows
+        self._identity: dict[str, Any] = {
+            "version": 3,  # 1 stepped over over-long rows, 2 knew only how many rows there are
             "seed": seed,
-            "sources": [[s.name, len(s), weight] for s, weight in zip(sources, weights, strict=True)],
+            "sources": [
+                [s.name, len(s), weight, s.digest] for s, weight in zip(sources, weights, strict=True)
+            ],
         }
+        if held_out is not None and held_out.leave_out and not all(s.in_memory for s in sources):
+            # Which rows are left out as they are drawn; of those in memory the digests know.
+            self._identity["held_out"] = held_out.questions.digest
         self._stream = grain.MapDataset.mix(
             [
-                grain.MapDataset.source(source).shuffle(seed=_source_seed(seed, i)).repeat()
+                grain.MapDataset.source(_Rows(i, len(source))).shuffle(seed=_source_seed(seed, i)).repeat()
                 for i, source in enumerate(sources)
             ],
             weights,
         )
         self._rows, self._batch = rows, prompts_per_iteration
         self._drawn = 0
+        self._curriculum = curriculum
+        # First position of a draw -> what was drawn, for verdicts to come.
+        self._unobserved: dict[int, list[Place]] = {}
 
     def __next__(self) -> Prompts:
         draws = self._drawn + self._rows
-        prompts = self._encode.to_prompts([self._stream[int(i)] for i in draws], draws)
+        if self._curriculum is None:
+            places = [self._stream[int(draw)] for draw in draws]
+        else:
+            # Those of all processes: each is to learn from all verdicts.
+            batch = [
+                self._curriculum.choose(p, self._stream[p])
+                for p in range(self._drawn, self._drawn + self._batch)
+            ]
+            self._unobserved[self._drawn] = batch
+            places = [batch[i] for i in self._rows]
+        prompts = self._encode.to_prompts([self._sources[s][row] for s, row in places], draws)
         self._drawn += self._batch
         return prompts
 
+    def observe(self, prompts: Prompts, correct_B: np.ndarray) -> None:
+        """Takes notice of the verdicts on a draw; draws from now on go by them, if there is a curriculum.
+
+        Args:
+            prompts: of the draw, as `__next__` gave them.
+            correct_B: bool, on the completions of all its prompts, group after group: of all processes.
+        """
+        if self._curriculum is not None:
+            places = self._unobserved.pop(int(prompts.draws_P[0]) - int(self._rows[0]))
+            self._curriculum.observe(places, correct_B.reshape(self._batch, -1))
+
+    def metrics(self) -> dict[str, float]:
+        """With a curriculum, the shares of stored questions all, or none, of whose last group was right."""
+        if self._curriculum is None:
+            return {}
+        solved, unsolved = self._curriculum.shares()
+        return {"curriculum/solved_frac": solved, "curriculum/unsolved_frac": unsolved}
+
     def get_state(self) -> dict[str, Any]:
         """The position before the next draw, the same on every process; ready for JSON."""
-        return {"drawn": self._drawn, "stream": self._identity}
+        state = {"drawn": self._drawn, "stream": self._identity}
+        return state if self._curriculum is None else state | {"outcomes": self._curriculum.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a state of `get_state`, of this stream or of an equal one.
+        """Continues from a state of `get_state`, of this stream or of an equal one. Saved without a
+        curriculum, it has no outcomes yet.
 
         Raises:
             ValueError: the state is of a stream with other sources, weights or seed.
@@ -173,10 +133,17 @@ class PromptStream(Iterator[Prompts]):
                 "restore the data files and the settings of data, tokenizer and seed, or start a new run"
             )
         self._drawn = state["drawn"]
+        self._unobserved.clear()
+        if self._curriculum is not None:
+            self._curriculum.set_state(state.get("outcomes"))
 
     def describe(self) -> list[str]:
-        """One line per source: rows, and prompts left out for their length."""
-        return [s.describe(self._encode.max_prompt_tokens) for s in self._sources]
+        """Lines on each source: rows, and what was left out."""
+        limit, whole = self._encode.max_prompt_tokens, sum(self._weights)
+        shares = [self._batch * weight / whole for weight in self._weights]
+        return [
+            line for s, share in zip(self._sources, shares, strict=True) for line in s.describe(limit, share)
+        ]
 
 
 def open_prompts(
@@ -201,19 +168,49 @@ def open_prompts(
         rows: int, which of each draw are wanted in this process; None is all.
 
     Raises:
-        FileNotFoundError, ValueError: as `sources.open_source`; a row that cannot be encoded, with its
-            place; a source whose prompts are all too long.
+        FileNotFoundError, ImportError, ValueError: as `sources.open_source`; a row that cannot be encoded,
+            with its place; a source whose prompts are all too long, or overlap with held-out ones; a
+            curriculum of questions none of which is stored.
     """
-    encode = _Encoder(tokenizer, data.prompt_template, chat_template, data.max_prompt_tokens)
-    sources = [_EncodedSource(s, encode, needs_completion) for s in _open(data.train, needs_completion)]
+    encode = Encoder(tokenizer, data.prompt_template, chat_template, data.max_prompt_tokens)
+    held_out = _held_out(data)
+    sources = [
+        EncodedSource(s, encode, needs_completion, held_out) for s in _open(data.train, needs_completion)
+    ]
     weights, teachers = [s.weight for s in data.train], [s.teacher for s in data.train]
     rows = np.arange(prompts_per_iteration) if rows is None else rows
-    return PromptStream(sources, weights, teachers, encode, rows, prompts_per_iteration, seed)
+    curriculum = None
+    if data.curriculum is not None:
+        if not any(s.in_memory for s in sources):
+            raise ValueError(
+                "data.curriculum goes by how stored questions did, but all sources of data.train make theirs "
+                "up; remove it"
+            )
+        sizes = [len(s) if s.in_memory else 0 for s in sources]
+        curriculum = Curriculum(data.curriculum, sizes, seed)
+    return PromptStream(
+        sources, weights, teachers, encode, rows, prompts_per_iteration, seed, held_out, curriculum
+    )
+
+
+def _held_out(data: DataConfig) -> HeldOut | None:
+    """The questions of data.eval: all that are stored, and the first of those that are made up."""
+    if not data.eval:
+        return None
+    leave_out = data.decontaminate is not None
+
+    def questions() -> Iterator[str]:
+        for source in _open(data.eval, needs_completion=False):
+            made = min(len(source), MADE_ROWS_COMPARED) if leave_out else source.num_checked
+            yield from (source[i].question for i in range(len(source) if source.in_memory else made))
+
+    ngram = None if data.decontaminate is None else data.decontaminate.ngram
+    return HeldOut(HeldOutQuestions(questions(), ngram), leave_out)
 
 
 def load_eval_prompts(
     data: DataConfig, tokenizer: Tokenizer, *, chat_template: ChatMode, num_prompts: int
-) -> tuple[Prompts, dict[str, int]]:
+) -> tuple[Prompts, list[str]]:
     """The first different prompts over the eval sources, taken in turn: the same for every model and run.
 
     Args:
@@ -223,29 +220,30 @@ def load_eval_prompts(
         num_prompts: how many; fewer come back if the sources hold fewer.
 
     Returns:
-        The prompts, and for each source how many over-long ones were passed over.
+        The prompts, and lines on what was passed over.
 
     Raises:
         FileNotFoundError, ValueError: as `open_prompts`; no eval sources.
     """
     if not data.eval:
         raise ValueError("data.eval names no source; add one to evaluate")
-    encode = _Encoder(tokenizer, data.prompt_template, chat_template, data.max_prompt_tokens)
+    encode = Encoder(tokenizer, data.prompt_template, chat_template, data.max_prompt_tokens)
     sources = _open(data.eval, needs_completion=False)
-    dropped = {s.name: 0 for s in sources}
+    bad = {s.name: s.bad.count for s in sources}
+    passed_over = {s.name: 0 for s in sources}
 
     seen: set[str] = set()
 
-    def fitting(source: Source) -> Iterator[_Encoded]:
+    def fitting(source: Source) -> Iterator[Encoded]:
         for index in range(len(source)):
             encoded = encode(source, index)
             if encoded is None:
-                dropped[source.name] += 1
+                passed_over[source.name] += 1
             elif encoded.row.question not in seen:
                 seen.add(encoded.row.question)
                 yield encoded
 
-    chosen: list[_Encoded] = []
+    chosen: list[Encoded] = []
     turns = [fitting(s) for s in sources]
     while turns and len(chosen) < num_prompts:
         for turn in list(turns):
@@ -254,12 +252,17 @@ def load_eval_prompts(
                 turns.remove(turn)
             elif len(chosen) < num_prompts:
                 chosen.append(encoded)
+    dropped = {s.name: passed_over[s.name] - (s.bad.count - bad[s.name]) for s in sources}
+    if not chosen and (lines := [line for s in sources for line in s.bad.describe(s.name)]):
+        raise ValueError(f"data.eval: no row can be used: {' '.join(lines)}")
     if not chosen:
         raise ValueError(
             f"all prompts of data.eval are longer than data.max_prompt_tokens={data.max_prompt_tokens} "
             f"({dropped}); raise it"
         )
-    return encode.to_prompts(chosen, np.arange(len(chosen))), dropped
+    notes = [f"{name}: {n} held-out prompts too long, left out" for name, n in dropped.items() if n]
+    notes += [line for s in sources for line in s.bad.describe(s.name)]
+    return encode.to_prompts(chosen, np.arange(len(chosen))), notes
 
 
 def _open(configs: Sequence[SourceConfig], needs_completion: bool) -> list[Source]:

@@ -54,3 +54,23 @@ def overlong_penalty(lengths_B: jax.Array, max_tokens: int, buffer: int) -> jax.
         Float [B] in [-1, 0].
     """
     return jnp.clip((max_tokens - buffer - lengths_B) / buffer, -1.0, 0.0)
+
+
+def length_reward(lengths_B: jax.Array, correct_B: jax.Array, group_size: int) -> jax.Array:
+    """Kimi k1.5's reward for being shorter than the rest of the group (arXiv 2501.12599, section 2.3.3).
+
+    With l the length and the group's shortest and longest, 0.5 - (l - shortest) / (longest - shortest) for a
+    correct completion, the lower of that and 0 for a wrong one, and 0 where all are equally long.
+
+    Args:
+        lengths_B: completion tokens [P * G], group after group, end token included.
+        correct_B: bool, by the verifier alone.
+
+    Returns:
+        Float [B] in [-0.5, 0.5].
+    """
+    lengths_PG = lengths_B.reshape(-1, group_size).astype(jnp.float32)
+    shortest, longest = lengths_PG.min(1, keepdims=True), lengths_PG.max(1, keepdims=True)
+    gain_PG = 0.5 - (lengths_PG - shortest) / jnp.maximum(longest - shortest, 1.0)
+    gain_PG = jnp.where(correct_B.reshape(-1, group_size), gain_PG, jnp.minimum(gain_PG, 0.0))
+    return jnp.where(longest > shortest, gain_PG, 0.0).reshape(-1)

@@ -14,9 +14,11 @@ import jax
 from kdrl_jax.config import Config
 from kdrl_jax.models.remat import LADDER
 from kdrl_jax.plan.chips import Chip
+from kdrl_jax.plan.logged import logged_names, lower_logged
 from kdrl_jax.plan.measure import Measured, measure
-from kdrl_jax.plan.programs import ROLLOUT, SCORE, UPDATE, Lengths, RunPrograms
+from kdrl_jax.plan.programs import LOG, ROLLOUT, SCORE, UPDATE, Lengths, Planned, RunPrograms
 from kdrl_jax.plan.shapes import Ids, Shapes
+from kdrl_jax.progress import Pace, progress_words
 from kdrl_jax.rollout.engine import Stopped
 from kdrl_jax.rollout.memory import SHARE
 from kdrl_jax.setup import abstract_setup, check_mesh
@@ -100,13 +102,15 @@ class Planner:
         except ValueError as error:
             return dataclasses.replace(none, problem=str(error))
         found = dataclasses.replace(none, slots=run.slots)
-        rest = [phase for phase in (ROLLOUT, SCORE, UPDATE) if phase not in (first or ())]
+        rest = [phase for phase in (ROLLOUT, SCORE, UPDATE, LOG) if phase not in (first or ())]
+        num, pace = len(run.names()) + len(logged_names(run)), Pace()
         lowering, start = 0.0, time.perf_counter()
-        for planned in itertools.chain(run.lower(first or ()), run.lower(rest)):
+        for planned in itertools.chain(_lower(run, first or ()), _lower(run, rest)):
             lowering += time.perf_counter() - start
             if self.should_stop():
                 raise Stopped
-            self.say(f"{self.topology}: compiling {planned.name}")
+            how_far = progress_words(len(found.programs), num, pace)
+            self.say(f"{self.topology}: compiling {planned.name}{how_far}")
             found.programs.append(measure(planned, self.chip, self.topology, self.kept, self.flags))
             if first is not None and not found.fits:
                 break
@@ -145,6 +149,12 @@ class Planner:
             self.say = say
 
 
+def _lower(run: RunPrograms, phases: Sequence[str]) -> Iterator[Planned]:
+    yield from run.lower(phases)
+    if LOG in phases:
+        yield from lower_logged(run)
+
+
 def mean_lengths(config: Config) -> Lengths:
     """Of prompts and completions, as the config says or half of the longest."""
     p = config.plan
@@ -173,6 +183,8 @@ def candidates(config: Config, plan: Plan) -> Iterator[dict[str, Any]]:
             yield {"rollout.cache_dtype": "int8"}
     if {m.name for m in plan.too_large} == {"diagnostics"}:
         yield {"train.diagnostics_every": 0}
+    if over == {LOG}:
+        yield {"log.rollouts_tokens": False}
     if UPDATE in over:
         for rung in LADDER[max(LADDER.index("full"), LADDER.index(config.train.remat) + 1) :]:
             yield {"train.remat": rung}

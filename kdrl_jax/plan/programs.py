@@ -26,7 +26,7 @@ from kdrl_jax.rollout.prefill import CHUNK
 from kdrl_jax.rollout.sampling import SamplerSettings
 from kdrl_jax.rollout.settings import EngineSettings
 from kdrl_jax.rollout.weights import decode_layout, relay
-from kdrl_jax.scoring import make_scorer
+from kdrl_jax.scoring import PackShape, make_scorer
 from kdrl_jax.scoring.packer import config_pack_shape, minibatch_rows
 from kdrl_jax.scoring.packing import place
 from kdrl_jax.scoring.passes import slice_size
@@ -34,8 +34,8 @@ from kdrl_jax.setup import Setup
 from kdrl_jax.step import Objective, make_diagnostics, make_update
 from kdrl_jax.types import Params
 
-ROLLOUT, SCORE, UPDATE = "rollout", "score", "update"
-"""The phases that the time of an iteration is made of."""
+ROLLOUT, SCORE, UPDATE, LOG = "rollout", "score", "update", "log"
+"""The phases that the time of an iteration is made of; the last, in `logged`, of tokens that are written."""
 
 STUDENT, FROZEN, OPTIMIZER, HEADS = "student", "frozen weights of the student", "optimizer", "heads"
 
@@ -124,7 +124,8 @@ class RunPrograms:
         if c.teacher_states:
             self.heads = {role: abstract_head(t, setup.mesh) for role, t in setup.teachers.items()}
         self.held = self._held()
-        self.work = self._work()
+        (rows_B, *_) = minibatch_rows(self.rows, c.rollout.group_size, c.train.num_minibatches)
+        self.work = self.work_of(self.shape, rows_B)
         self.slots = 0
         if c.rollout.source != "dataset":
             self.engine = self._engine_settings()
@@ -172,6 +173,23 @@ class RunPrograms:
         """Bytes of each chip of what teachers leave for the update of one minibatch."""
         return bytes_on_chip(self.minibatch.teacher)
 
+    def names(self) -> list[str]:
+        """Of the programs that `lower` will give, which takes minutes for all of them."""
+        c, out = self.setup.config, []
+        if self.slots:
+            moved = relay(self.sampled, self.sampled_params, self.setup.mesh)[1]
+            out += [*(["relay"] if moved else []), "prefill", "decode"]
+        scored = [STUDENT] if c.train.updates_per_iteration > 1 else []
+        scored += [*(self.setup.teachers if c.scores_teacher else ())]
+        scored += [] if self.setup.reference is None else ["reference"]
+        out += [f"score, {role}" for role in scored]
+        return [*out, "update", *(["diagnostics"] if self._diagnoses else [])]
+
+    @property
+    def _diagnoses(self) -> bool:
+        c = self.setup.config
+        return bool(c.train.diagnostics_every) and not (is_zero(c.rl.coef) and is_zero(c.kd.coef))
+
     def lower(self, phases: Sequence[str] | None = None) -> Iterator[Planned]:
         """The programs (of some phases), each lowered when it is asked for."""
         phases = (ROLLOUT, SCORE, UPDATE) if phases is None else phases
@@ -196,9 +214,9 @@ class RunPrograms:
         c = self.setup.config
         return c.groups_per_batch * c.rollout.group_size
 
-    def _work(self) -> Work:
-        c, shape = self.setup.config, self.shape
-        (rows_B, *_) = minibatch_rows(self.rows, c.rollout.group_size, c.train.num_minibatches)
+    def work_of(self, shape: PackShape, rows_B: np.ndarray) -> Work:
+        """What some rows of an iteration hold, in packed rows of a shape."""
+        c = self.setup.config
         lengths_B = self.lengths.spread(len(rows_B), c.rollout.max_new_tokens)
         prompt_lengths_B = np.full(len(rows_B), self.lengths.prompt)
         groups_B = rows_B // c.rollout.group_size
@@ -209,27 +227,26 @@ class RunPrograms:
         sequences = (prompt_lengths_B + lengths_B).tolist()
         return Work(float(places.bounds[-1]), scored + prompts, scored, sequences)
 
-    def _seen(self, config: DecoderConfig) -> KeysSeen:
-        """By the tokens of a minibatch, in the mean."""
-        each = [(n, keys_seen(config, 0, n)) for n in self.work.sequences]
+    def seen(self, config: DecoderConfig, work: Work) -> KeysSeen:
+        """By the tokens of some work, in the mean."""
+        each = [(n, keys_seen(config, 0, n)) for n in work.sequences]
         total = sum(n for n, _ in each)
         return KeysSeen(
             sum(n * seen.full for n, seen in each) / total, sum(n * seen.sliding for n, seen in each) / total
         )
 
-    def _packed_loops(self) -> dict[str, float]:
+    def packed_loops(self, shape: PackShape, work: Work) -> dict[str, float]:
         """How often the loops over packed rows run."""
-        passes = self.work.passes
-        of_row = self.work.scored / (passes * self.shape.rows_per_pass)
+        of_row = work.scored / (work.passes * shape.rows_per_pass)
         size = slice_size(
-            self.shape.length, self.setup.config.train.head_chunk // (self.shape.rows_per_pass // self.shards)
+            shape.length, self.setup.config.train.head_chunk // (shape.rows_per_pass // self.shards)
         )
-        return {"microbatches": passes, "head_chunks": math.ceil(of_row / size)}
+        return {"microbatches": work.passes, "head_chunks": math.ceil(of_row / size)}
 
-    def _attention_kernels(self, model: Model) -> dict[str, KernelWork]:
+    def attention_kernels(self, model: Model, shape: PackShape) -> dict[str, KernelWork]:
         """Of one layer and pass, on each chip: every block up to the diagonal, whatever lies in it."""
-        c, t = model.config, self.shape.length
-        rows = self.shape.rows_per_pass / self.shards
+        c, t = model.config, shape.length
+        rows = shape.rows_per_pass / self.shards
         tensor = self.setup.mesh.shape["tensor"]
         kv_heads = kv_heads_over(c.num_heads, c.num_kv_heads, tensor)
         heads, of_keys = c.num_heads, c.num_kv_heads
@@ -246,6 +263,9 @@ class RunPrograms:
             "splash_mha_fwd_segmented_no_residuals": forward,
             "splash_mha_dkv_segmented_no_residuals": backward,
         }
+
+    def given(self, model: Model, shape: PackShape, work: Work) -> Given:
+        return Given(loops=self.packed_loops(shape, work), kernels=self.attention_kernels(model, shape))
 
     # ---- Rollouts
 
@@ -357,14 +377,15 @@ class RunPrograms:
         everywhere = sharding.replicated(self.setup.mesh)
         bound = abstract_array((), jnp.int32, everywhere)
         rows = self.minibatch.packs.rows
-        flops = forward_flops(model.config, self.work.tokens, self.work.scored, self._seen(model.config))
+        work = self.work
+        flops = forward_flops(model.config, work.tokens, work.scored, self.seen(model.config, work))
         return Planned(
             f"score, {role}",
             SCORE,
             scorer.lower(params, rows, abstract_array((), jnp.float32, everywhere), (bound, bound)),
             held,
             self.setup.config.train.num_minibatches * share,
-            Given(loops=self._packed_loops(), kernels=self._attention_kernels(model)),
+            self.given(model, self.shape, work),
             flops / self.chips,
         )
 
@@ -372,10 +393,10 @@ class RunPrograms:
         setup, c = self.setup, self.setup.config
         objective = Objective(c, setup.student, setup.head, self.shape)
         heads = tuple(self.heads.values())
-        given = Given(loops=self._packed_loops(), kernels=self._attention_kernels(setup.student))
+        given = self.given(setup.student, self.shape, self.work)
         config, work = setup.student.config, self.work
         lora = setup.student.holding.lora is not None
-        flops = training_flops(config, work.tokens, work.scored, self._seen(config), frozen_weights=lora)
+        flops = training_flops(config, work.tokens, work.scored, self.seen(config, work), frozen_weights=lora)
         flops /= self.chips
         held = self.besides(STUDENT, FROZEN, OPTIMIZER, HEADS)
         if not setup.parks_frozen:
@@ -394,7 +415,7 @@ class RunPrograms:
             given,
             flops,
         )
-        if c.train.diagnostics_every and not (is_zero(c.rl.coef) and is_zero(c.kd.coef)):
+        if self._diagnoses:
             diagnose = jax.jit(make_diagnostics(objective))
             state = self.state
             yield Planned(

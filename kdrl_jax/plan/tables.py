@@ -12,7 +12,7 @@ from kdrl_jax.plan.chips import Chip
 from kdrl_jax.plan.cost import LEFT_OUT
 from kdrl_jax.plan.fit import ENOUGH, Plan
 from kdrl_jax.plan.measure import Measured
-from kdrl_jax.plan.programs import ROLLOUT, SCORE, UPDATE, Lengths
+from kdrl_jax.plan.programs import LOG, ROLLOUT, SCORE, UPDATE, Lengths
 from kdrl_jax.plan.walk import KERNEL_SHARE
 
 GIB = 2.0**30
@@ -58,7 +58,7 @@ def collective_rows(plan: Plan) -> list[list[str]]:
 
 def seconds_of(plan: Plan) -> dict[str, float]:
     """Of an iteration, by phase."""
-    out = dict.fromkeys((ROLLOUT, SCORE, UPDATE), 0.0)
+    out = dict.fromkeys((ROLLOUT, SCORE, UPDATE, LOG), 0.0)
     for m in plan.programs:
         out[m.phase] += m.seconds * m.runs
     return out

@@ -5,8 +5,11 @@ every scan is linear in the text.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+
+from kdrl_jax.rewards import phrases, units
 
 MAX_TEXT_CHARS = 200_000
 """Only so many characters at the end of a text are read; a final answer stands there."""
@@ -28,30 +31,38 @@ class Marked:
     """What follows the marked answer, without surrounding whitespace."""
 
 
-_BOX_TOKENS = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_BOX_TOKENS = re.compile(
+    # Without braces TeX takes one token, but a whole number is meant, or a command with what it is about.
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(?P<bare>-?[0-9]+(?:[.,][0-9]+)*|\\[dtc]?frac(?:\s?(?:[0-9]|\{[^{}]{0,200}\})){2}"
+    r"|\\(?!boxed|fbox|begin|end|left|right)[A-Za-z]+(?:\s?\{[^{}]{0,200}\}){0,2}"
+    r"|[A-Za-z](?=\s*(?:[$.]|\\[)\]]|\Z))))|\\[{}]|[{}]"
+)
 
 
 def _last_box(text: str) -> Marked | None:
-    """The balanced `\\boxed{...}` that begins last, so of nested boxes the inner one."""
-    first = text.find("\\boxed")
+    """The balanced `\\boxed{...}` or `\\fbox{...}` that begins last, so of nested boxes the inner one; or
+    what stands in `\\boxed 9` without braces."""
+    first = min((at for at in (text.find("\\boxed"), text.find("\\fbox")) if at >= 0), default=-1)
     if first < 0:
         return None
     # One pass with a stack: trying every opening in turn would be quadratic in unclosed boxes.
     opened: list[int] = []
-    begin, end = -1, -1
+    begin, end, rest = -1, -1, -1
     for token in _BOX_TOKENS.finditer(text, first):
         kind = token.group()
-        if kind == "{":
+        if token["bare"] is not None:
+            begin, end, rest = token.start("bare"), token.end("bare"), token.end("bare")
+        elif kind == "{":
             opened.append(-1)
         elif kind == "}":
             start = opened.pop() if opened else -1
             if start > begin:
-                begin, end = start, token.start()
-        elif kind.startswith("\\boxed"):
+                begin, end, rest = start, token.start(), token.end()
+        elif kind.startswith(("\\boxed", "\\fbox")):
             opened.append(token.end())
     if begin < 0:
         return None
-    return Marked(text[begin:end].strip(), text[end + 1 :].strip())
+    return Marked(text[begin:end].strip(), text[rest:].strip())
 
 
 def _after_hashes(text: str) -> Marked | None:
@@ -66,7 +77,8 @@ def _after_hashes(text: str) -> Marked | None:
 
 
 def find_marked(text: str) -> Marked | None:
-    """The answer in the last balanced `\\boxed{...}`, else in the line after the last `####`, else None."""
+    """The answer in the last box (`\\boxed{...}`, `\\boxed 9`, `\\fbox{...}`), else in the line after the
+    last `####`, else None."""
     text = text[-MAX_TEXT_CHARS:]
     return _last_box(text) or _after_hashes(text)
 
@@ -75,6 +87,7 @@ _CHARACTERS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-")
     | {"\u2009": "\\,", "\u202f": "\\,", "\u2248": "="}
 )
+_TEXT = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf|it)|mbox) ?\{((?:[^{}]|\{[^{}]*\})*)\}")
 _LATEX = [
     # Runs of whitespace are one space by now, so ` ?` is enough and no pattern can backtrack over a run. What
     # is dropped leaves a space: 2**3 and 5\text{6} must not become 23 and 56.
@@ -85,10 +98,11 @@ _LATEX = [
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\([$%])"), r"\1"),
     (re.compile(r" ?\^ ?(?:\\circ(?![A-Za-z])|\{ ?\\circ ?\})"), "°"),
-    (re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf|it)|mbox) ?\{([^{}]*)\}"), r" \1 "),
+    *[(_TEXT, r" \1 ")] * 2,
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\frac ?([0-9]) ?([0-9])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac ?([0-9]) ?(?=\{)"), r"\\frac{\1}"),
+    (re.compile(r"\\frac ?(\{[^{}]*\}) ?([0-9])"), r"\\frac\1{\2}"),
 ]
 
 
@@ -100,6 +114,15 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
+_LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
+
+
+def normalise(text: str) -> str:
+    """One spelling: see `clean`; also without `$`, a final full stop, and spaces that part no two words."""
+    text = clean(text).replace("$", "").strip().removesuffix(".")
+    return _LOOSE_SPACE.sub("", text)
+
+
 _UNSIGNED = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![.0-9])\.[0-9]+)"
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]}+-])[+-])?(?:[$€£¥] ?(?P<inner_sign>[+-])?)?"
@@ -107,14 +130,26 @@ _NUMBER = re.compile(
     rf"(?P<top>{_UNSIGNED})(?:[eE](?P<exponent>[+-]?[0-9]+)(?!\w))?(?: ?/ ?(?P<bottom>{_UNSIGNED}))?"
 )
 _FRACTION = re.compile(r"([0-9])?\\frac ?\{ ?([+-]?[0-9.,]{1,64}) ?\} ?\{ ?([0-9.,]{1,64}) ?\}")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z]) ?\^ ?(?:[0-9]|\{[0-9]\})")
+_UNIT_POWER = re.compile(
+    r"(?P<space> ?)(?<![A-Za-z\\])(?P<name>[A-Za-zµμΩ]+) ?\^ ?(?:[0-9](?![0-9])|\{ ?-?[0-9] ?\})"
+)
+_UNIT_TIMES = re.compile(r"(?<=[A-Za-z]) ?\\cdot ?(?=[A-Za-z])")
+
+
+def _without_power(match: re.Match[str]) -> str:
+    """The power of a unit (cm^2) is no number of its own; that of a letter (x^2) is."""
+    name, follows_number = match["name"], not match["space"]
+    before = match.string[: match.start("name")][-1:]
+    if follows_number and before not in "/()" and not units.is_written_close(name):
+        return match[0]
+    return f"{match['space']}{name}" if units.is_unit(name) or phrases.is_word(name) else match[0]
 
 
 def _plain(text: str) -> str:
     """`clean`, with LaTeX fractions written `a/b` and the powers of units (cm^2) left out."""
     text = clean(text).replace("\\approx", "=")
     text = _FRACTION.sub(lambda m: f"{m[1]} {m[2]}/{m[3]}" if m[1] else f"{m[2]}/{m[3]}", text)
-    return _UNIT_POWER.sub("", text)
+    return _UNIT_TIMES.sub(" ", _UNIT_POWER.sub(_without_power, text))
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
@@ -132,32 +167,20 @@ def _value(number: re.Match[str]) -> Fraction | None:
     return -value if "-" in (number["sign"], number["inner_sign"]) else value
 
 
-_RESIDUE = re.compile(r"[A-Za-z .,:;!?'\"$€£¥%°/²³]*")
-_WORD = re.compile(r"[A-Za-z]+")
-_UNIT_LETTERS = frozenset("mgshlL")
-_NOT_UNITS = frozenset({"pi", "sqrt", "log", "ln", "exp", "sin", "cos", "tan"})
 _SEVERAL = re.compile(r"[,;](?![0-9]{3})|\b(?:and|or)\b")
 _VARIABLE = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _OPERATOR = re.compile(r"[-+*/^]")
-
-
-def _is_words(residue: str) -> bool:
-    """Whether what surrounds a number is a unit or a phrase, rather than more mathematics."""
-    if not _RESIDUE.fullmatch(residue):
-        return False
-    return all(
-        word in _UNIT_LETTERS if len(word) == 1 else word not in _NOT_UNITS for word in _WORD.findall(residue)
-    )
 
 
 def parse_number(text: str) -> Fraction | None:
     """The one number that an answer states, exactly.
 
     Read are `1,234`, `$18`, `18%` (18), `-3`, `3.50`, `1e3`, `1/2`, `1 1/2`, `\\frac{1}{2}`, with units or
-    words around them (`5 dollars`) or an equation before them (`x = 5`).
+    words around them (`5 dollars`, `5 million`) or an equation before them (`x = 5`).
 
     Returns:
-        None if there is no number, more than one, or something else that changes the value (`3\\pi`, `x+3`).
+        None if there is no number, more than one, or something else that changes the value (`3\\pi`, `x+3`,
+        `2ab`, `half of 5`).
     """
     if len(text) > MAX_NUMBER_CHARS:
         return None
@@ -170,10 +193,16 @@ def parse_number(text: str) -> Fraction | None:
     numbers = list(_NUMBER.finditer(right))
     if len(numbers) != 1:
         return None
-    before, after = right[: numbers[0].start()], right[numbers[0].end() :]
-    if before[-1:].isalpha() or not _is_words(before) or not _is_words(after):
+    return _scaled(numbers[0], phrases.factor)
+
+
+def _scaled(number: re.Match[str], factor: Callable[[str, str], Fraction | None]) -> Fraction | None:
+    """The value that a match of `_NUMBER` has by the text around it."""
+    value = _value(number)
+    times = factor(number.string[: number.start()], number.string[number.end() :])
+    if value is None or times is None or (times < 0 and re.match("[$€£¥ ]*-", number.group())):
         return None
-    return _value(numbers[0])
+    return value * times
 
 
 def _last_match(text: str) -> re.Match[str] | None:
@@ -182,7 +211,7 @@ def _last_match(text: str) -> re.Match[str] | None:
     if at < 0:
         return None
     # A window is enough: a number that does not fit into it has too many digits to be read anyway.
-    numbers = list(_NUMBER.finditer(_plain(text[max(0, at - MAX_NUMBER_CHARS) : at + 16])))
+    numbers = list(_NUMBER.finditer(_plain(text[max(0, at - MAX_NUMBER_CHARS) : at + 64])))
     return numbers[-1] if numbers else None
 
 
@@ -193,9 +222,10 @@ def last_number(text: str) -> str | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number a text ends on: that of the marked answer if there is one, else the last one there is."""
+    """The number a text ends on: that of the marked answer if there is one, else the last one there is, by
+    the words next to it (`5 million`, `negative 5`; none for `not 5`)."""
     marked = find_marked(text)
     if marked is not None:
         return parse_number(marked.answer)
     number = _last_match(text)
-    return None if number is None else _value(number)
+    return None if number is None else _scaled(number, phrases.beside)

@@ -3,17 +3,18 @@
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Callable
 
+from kdrl_jax.rewards import mathematics, phrases
 from kdrl_jax.rewards.answers import (
     MAX_TEXT_CHARS,
-    clean,
     final_number,
     find_marked,
     last_number,
+    normalise,
     parse_number,
 )
+from kdrl_jax.rewards.choices import choice, make_regex
 
 RewardFunction = Callable[[str, str, str], float]
 
@@ -36,18 +37,13 @@ def numeric(question: str, completion: str, answer: str) -> float:
     if gold is None:
         raise ValueError(
             f"the gold answer {answer[-80:]!r} does not state one number; "
-            "use reward.verifier=exact or a function of your own for such data"
+            "use reward.verifier=math, exact or a function of your own for such data"
         )
-    return float(final_number(completion) == gold)
-
-
-_LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
-
-
-def _normalise(text: str) -> str:
-    """One spelling: see `clean`; also without `$`, a final full stop, and spaces that part no two words."""
-    text = clean(text).replace("$", "").strip().removesuffix(".")
-    return _LOOSE_SPACE.sub("", text)
+    if final_number(completion) == gold:
+        return 1.0
+    # Of `26 billion`, where the question is of billions.
+    bare = phrases.without_scales(completion[-MAX_TEXT_CHARS:], question)
+    return float(final_number(bare) == gold)
 
 
 def exact(question: str, completion: str, answer: str) -> float:
@@ -60,15 +56,15 @@ def exact(question: str, completion: str, answer: str) -> float:
         ValueError: if the gold answer is empty.
     """
     marked_gold = find_marked(answer)
-    gold = _normalise(answer if marked_gold is None else marked_gold.answer)
+    gold = normalise(answer if marked_gold is None else marked_gold.answer)
     if not gold:
         raise ValueError(f"the gold answer {answer[-80:]!r} is empty; check data.*.answer_field")
     marked = find_marked(completion)
     if marked is not None:
-        return float(_normalise(marked.answer) == gold)
-    if _normalise(completion[-MAX_TEXT_CHARS:]) == gold:
+        return float(normalise(marked.answer) == gold)
+    if normalise(completion[-MAX_TEXT_CHARS:]) == gold:
         return 1.0
-    return float(_normalise(last_number(completion) or "") == gold)
+    return float(normalise(last_number(completion) or "") == gold)
 
 
 def has_format(question: str, completion: str, answer: str) -> float:
@@ -83,21 +79,38 @@ def has_format(question: str, completion: str, answer: str) -> float:
     return float(marked is not None and bool(marked.answer) and len(marked.rest) <= MAX_REST_CHARS)
 
 
-BUILT_IN: dict[str, RewardFunction] = {"numeric": numeric, "exact": exact, "format": has_format}
+BUILT_IN: dict[str, RewardFunction] = {
+    "numeric": numeric,
+    "math": mathematics.equivalent,
+    "choice": choice,
+    "exact": exact,
+    "format": has_format,
+}
+NAMES = (*BUILT_IN, "regex")
+"""`regex` is made of a pattern."""
 
 
-def resolve(name: str) -> RewardFunction:
+def resolve(name: str, pattern: str | None = None) -> RewardFunction:
     """The reward function of that name: a built-in one, or the user's `package.module:function`.
 
+    Args:
+        pattern: what `regex` looks for.
+
     Raises:
-        ValueError: if there is none, if its module does not import, or if it cannot be called with
-            (question, completion, answer).
+        ValueError: if there is none, if its module does not import or what it needs is not installed, or if
+            it cannot be called with (question, completion, answer).
     """
+    if name == "regex":
+        if pattern is None:
+            raise ValueError("reward function 'regex' needs reward.pattern, a regular expression")
+        return make_regex(pattern)
+    if name == "math":
+        mathematics.check_installed()
     if name in BUILT_IN:
         return BUILT_IN[name]
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        near = difflib.get_close_matches(name, BUILT_IN, n=2, cutoff=0.5) or sorted(BUILT_IN)
+        near = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5) or sorted(NAMES)
         raise ValueError(
             f"no reward function is called {name!r}; nearest: {', '.join(near)}; "
             "or name your own as package.module:function"

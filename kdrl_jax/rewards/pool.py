@@ -12,13 +12,16 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrl_jax.rewards.process import WorkerDiedError, WorkerProcess
+
+if TYPE_CHECKING:
+    from kdrl_jax.config import RewardConfig
 
 MAX_TIME_LIMIT_S = 86_400.0
 """A day: beyond any answer, and short enough for every system's timers."""
@@ -33,6 +36,13 @@ class Scored:
     """One finite score per function, by its name; all 0 if there was an error."""
     error: str | None
     """Why there is no verdict (`timeout after 2.0 s`, `TypeError: ... (in numeric)`), or None."""
+    said: str | None = None
+    """The completion's final answer in one spelling, if it was asked for and there is one."""
+
+
+def function_names(verifier: str, shaping: Iterable[str]) -> list[str]:
+    """The functions that a run scores with, each once, the verifier first."""
+    return list(dict.fromkeys([verifier, *shaping]))
 
 
 def total(scored: Scored, verifier: str, shaping: Mapping[str, float]) -> float:
@@ -84,8 +94,8 @@ class _Job:
 class _Slot:
     """A worker process, replaced whenever it fails. Owned by one thread; `stop` may come from another."""
 
-    def __init__(self, functions: Sequence[str], time_limit_s: float) -> None:
-        self._functions = functions
+    def __init__(self, functions: Sequence[str], time_limit_s: float, pattern: str | None) -> None:
+        self._functions, self._pattern = functions, pattern
         self._time_limit_s = time_limit_s
         self._lock = threading.RLock()  # re-entered if garbage collection closes the pool in here
         self._process: WorkerProcess | None = None
@@ -97,7 +107,7 @@ class _Slot:
             if self.stopped:
                 raise WorkerDiedError("the reward pool is closed")
             if self._process is None:
-                self._process = WorkerProcess(self._functions)
+                self._process = WorkerProcess(self._functions, self._pattern)
             return self._process
 
     def stop(self) -> None:
@@ -122,7 +132,7 @@ class _Slot:
             reply = process.ask(request, self._time_limit_s)
             if "error" in reply:
                 return Scored(dict.fromkeys(self._functions, 0.0), reply["error"])
-            return Scored(reply["scores"], None)
+            return Scored(reply["scores"], None, reply.get("said"))
         except TimeoutError:
             return self._failed(f"timeout after {self._time_limit_s} s")
         except WorkerDiedError as error:
@@ -182,12 +192,15 @@ class RewardPool:
         functions: Names for `functions.resolve`, each run on every answer; repeated names run once.
         num_workers: Processes, each with a thread that feeds it; at least 1.
         time_limit_s: Seconds one answer may take over all functions, starting a process not counted.
+        pattern: What the function `regex` looks for.
 
     Raises:
         ValueError: if a function does not resolve, in one line, or if an argument is out of range.
     """
 
-    def __init__(self, functions: Sequence[str], num_workers: int, time_limit_s: float) -> None:
+    def __init__(
+        self, functions: Sequence[str], num_workers: int, time_limit_s: float, pattern: str | None = None
+    ) -> None:
         names = list(dict.fromkeys(functions))
         if isinstance(functions, str) or not names:
             raise ValueError(f"functions={functions!r}: give a list of at least one reward function's name")
@@ -197,7 +210,7 @@ class RewardPool:
             raise ValueError(f"time_limit_s={time_limit_s}; use more than 0 and at most {MAX_TIME_LIMIT_S} s")
         self._jobs: _Jobs = queue.SimpleQueue()
         self._jobs_lock = threading.Lock()
-        slots = [_Slot(names, float(time_limit_s)) for _ in range(num_workers)]
+        slots = [_Slot(names, float(time_limit_s), pattern) for _ in range(num_workers)]
         try:
             workers = [slot.start() for slot in slots]  # all first, so that they import at the same time
             for worker in workers:
@@ -216,10 +229,25 @@ class RewardPool:
         for thread in threads:
             thread.start()
 
+    @classmethod
+    def of(cls, config: "RewardConfig") -> "RewardPool":
+        """As the settings have it."""
+        names = function_names(config.verifier, config.shaping)
+        return cls(names, config.num_workers, config.time_limit_s, config.pattern)
+
     def submit(
-        self, questions: Sequence[str], completions: Sequence[str], answers: Sequence[str]
+        self,
+        questions: Sequence[str],
+        completions: Sequence[str],
+        answers: Sequence[str],
+        *,
+        read_by: str | None = None,
     ) -> Future[list[Scored]]:
         """Starts scoring and returns at once; the future holds what `score` returns. It cannot be cancelled.
+
+        Args:
+            read_by: the one of the pool's functions whose `votes.answer_reader` also reads the completions'
+                final answers, in the same time; it must have one. None: they are not read.
 
         Raises:
             ValueError: if the three differ in length.
@@ -238,7 +266,8 @@ class RewardPool:
             for field, text in request.items():
                 if not isinstance(text, str):
                     raise TypeError(f"{field} {index} is a {type(text).__name__}, not text")
-            jobs.append(_Job(batch, index, {"id": index, **request}))
+            reading = {} if read_by is None else {"read_by": read_by}
+            jobs.append(_Job(batch, index, {"id": index, **request, **reading}))
         with self._jobs_lock:
             if not self._close.alive:
                 raise RuntimeError("the reward pool is closed")
@@ -247,10 +276,16 @@ class RewardPool:
         return batch.future
 
     def score(
-        self, questions: Sequence[str], completions: Sequence[str], answers: Sequence[str]
+        self,
+        questions: Sequence[str],
+        completions: Sequence[str],
+        answers: Sequence[str],
+        *,
+        read_by: str | None = None,
     ) -> list[Scored]:
-        """One `Scored` per row of question, completion and gold answer, in order. Raises as `submit` does."""
-        return self.submit(questions, completions, answers).result()
+        """One `Scored` per row of question, completion and gold answer, in order. Takes what `submit` takes,
+        and raises as it does."""
+        return self.submit(questions, completions, answers, read_by=read_by).result()
 
     def close(self) -> None:
         """Ends all processes at once; batches not yet scored raise RuntimeError. May be called again."""

@@ -24,21 +24,22 @@ class WorkerDiedError(Exception):
 
 
 class WorkerProcess:
-    """`python -m kdrl_jax.rewards.worker FUNCTION...` in a process group of its own.
+    """`python -m kdrl_jax.rewards.worker [--pattern=P] FUNCTION...` in a process group of its own.
 
     Only the owning thread may call `wait_ready`, `ask` and `close`; `kill` may be called from any thread.
     """
 
-    def __init__(self, functions: Sequence[str]) -> None:
+    def __init__(self, functions: Sequence[str], pattern: str | None = None) -> None:
         package_parent = str(Path(__file__).resolve().parents[2])
         path = os.environ.get("PYTHONPATH")
         env = os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{package_parent}" if path else package_parent}
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             # One answer needs one core; thread pools of user libraries would fight over the host.
             env.setdefault(variable, "1")
+        options = [] if pattern is None else [f"--pattern={pattern}"]
         # A session of its own: Ctrl-C does not reach it, and `kill` ends what its functions started, too.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kdrl_jax.rewards.worker", *functions],
+            [sys.executable, "-m", "kdrl_jax.rewards.worker", *options, *functions],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

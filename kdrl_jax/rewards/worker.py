@@ -1,10 +1,11 @@
-"""A process that scores answers: `python -m kdrl_jax.rewards.worker FUNCTION...`.
+"""A process that scores answers: `python -m kdrl_jax.rewards.worker [--pattern=P] FUNCTION...`.
 
-Speaks JSON lines. The first line out is {"ready": true}, or {"error": text} and the process ends with status
-2. Then each line in, {"id", "question", "completion", "answer"}, is answered by one line,
-{"id", "scores": {function: float}} or {"id", "error": "TypeError: ... (in numeric)"}. A request may hold
-"limit_s": the seconds after which whoever asked will have given up. The process ends when its standard input
-does.
+The pattern is for the function `regex`. Speaks JSON lines. The first line out is {"ready": true}, or
+{"error": text} and the process ends with status 2. Then each line in, {"id", "question", "completion",
+"answer"}, is answered by one line, {"id", "scores": {function: float}} or {"id", "error": "TypeError: ...
+(in numeric)"}. A request may hold "limit_s": the seconds after which whoever asked will have given up; and
+"read_by", the function by whose rules the completion's final answer is found too, as "said" in the answer.
+The process ends when its standard input does.
 """
 
 import faulthandler
@@ -17,6 +18,7 @@ import sys
 from typing import IO, Any
 
 from kdrl_jax.rewards.functions import RewardFunction, resolve
+from kdrl_jax.rewards.votes import AnswerReader, answer_reader
 
 MEMORY_LIMIT_BYTES = 2 * 1024**3
 """Address space the functions may take beyond what importing them took."""
@@ -66,7 +68,10 @@ def _describe(error: BaseException, where: str = "") -> str:
     return f"{line} (in {where})" if where else line
 
 
-def _score(functions: dict[str, RewardFunction], request: dict[str, Any]) -> dict[str, Any]:
+Readers = dict[str, AnswerReader | None]
+
+
+def _score(functions: dict[str, RewardFunction], readers: Readers, request: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request."""
     scores: dict[str, float] = {}
     for name, function in functions.items():
@@ -79,10 +84,18 @@ def _score(functions: dict[str, RewardFunction], request: dict[str, Any]) -> dic
                 raise ValueError(f"a score must be finite, got {scores[name]}")
         except BaseException as error:  # also SystemExit: a function must not end its worker
             return {"id": request.get("id"), "error": _describe(error, name)}
-    return {"id": request.get("id"), "scores": scores}
+    reply = {"id": request.get("id"), "scores": scores}
+    if (read := readers.get(request.get("read_by", ""))) is not None:
+        try:
+            reply["said"] = read(request["completion"])
+        except Exception as error:
+            return {"id": request.get("id"), "error": _describe(error, "the reading of the final answer")}
+    return reply
 
 
-def _answer(functions: dict[str, RewardFunction], request: dict[str, Any]) -> dict[str, Any]:
+def _answer(
+    functions: dict[str, RewardFunction], readers: Readers, request: dict[str, Any]
+) -> dict[str, Any]:
     """`_score`, under a last resort against hanging.
 
     The parent kills a worker that is late. Should the parent be gone, a hanging function would spin for ever:
@@ -91,12 +104,14 @@ def _answer(functions: dict[str, RewardFunction], request: dict[str, Any]) -> di
     if "limit_s" in request:
         faulthandler.dump_traceback_later(2 * request["limit_s"] + 1, exit=True, file=2)
     try:
-        return _score(functions, request)
+        return _score(functions, readers, request)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _serve(functions: dict[str, RewardFunction], requests: IO[bytes], replies: IO[bytes]) -> None:
+def _serve(
+    functions: dict[str, RewardFunction], readers: Readers, requests: IO[bytes], replies: IO[bytes]
+) -> None:
     for line in requests:
         try:
             request = json.loads(line)
@@ -105,20 +120,24 @@ def _serve(functions: dict[str, RewardFunction], requests: IO[bytes], replies: I
         except (TypeError, ValueError) as error:
             reply = {"id": None, "error": _describe(error, "the request")}
         else:
-            reply = _answer(functions, request)
+            reply = _answer(functions, readers, request)
         replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
 
 
 def main(names: list[str]) -> int:
     """Serves until standard input ends; returns the exit status."""
+    pattern = None
+    if names and names[0].startswith("--pattern="):
+        pattern, names = names[0].removeprefix("--pattern="), names[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     requests, replies = _claim_pipes()
     try:
-        functions = {name: resolve(name) for name in names}
+        functions = {name: resolve(name, pattern) for name in names}
+        readers = {name: answer_reader(name, pattern) for name in names}
         started: dict[str, Any] = {"ready": True}
     except BaseException as error:
-        functions = {}
+        functions, readers = {}, {}
         text = str(error) if isinstance(error, ValueError) else _describe(error)
         started = {"error": " ".join(text.split())}
     try:
@@ -127,7 +146,7 @@ def main(names: list[str]) -> int:
         if "error" in started:
             return 2
         _limit_memory()
-        _serve(functions, requests, replies)
+        _serve(functions, readers, requests, replies)
     except BrokenPipeError:
         pass  # the parent has gone
     return 0

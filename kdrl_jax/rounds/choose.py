@@ -13,8 +13,8 @@ from kdrl_jax.config import Config
 from kdrl_jax.hosts import Share, gather, spread
 from kdrl_jax.hosts import total as total_over_hosts
 from kdrl_jax.metrics import completion_metrics, repeated_ngrams, reward_metrics
-from kdrl_jax.objective.advantages import has_signal, overlong_penalty
-from kdrl_jax.rewards.pool import Scored, is_correct, total
+from kdrl_jax.objective.advantages import has_signal, length_reward, overlong_penalty
+from kdrl_jax.rewards.pool import Scored, function_names, is_correct, total
 from kdrl_jax.rollout.finish import finish_reason
 from kdrl_jax.sharding import rows as row_sharding
 from kdrl_jax.types import Metrics, Prompts, Rollouts
@@ -39,6 +39,9 @@ class Round:
     """float32: verifier and shaping; 0 for completions of a dataset."""
     correct_B: np.ndarray
     """bool: the verifier's verdict."""
+    parts: dict[str, np.ndarray]
+    """float32 [B] each: what each function scored, before its weight, and 0 without a verdict; empty for
+    completions of a dataset."""
     lengths_B: np.ndarray
     """int32: completion tokens."""
     ended_B: np.ndarray
@@ -50,24 +53,42 @@ class Round:
     sources: list[str]
     """Of each row, the source of its prompt."""
 
+    def length_parts(self, config: Config) -> dict[str, np.ndarray]:
+        """float32 [B] each: the rewards for length in use, before their weights."""
+        r, lengths, parts = config.reward, jnp.asarray(self.lengths_B), {}
+        if r.overlong_buffer:
+            parts["overlong"] = overlong_penalty(lengths, self.max_new_tokens, r.overlong_buffer)
+        if r.length_weight:
+            correct = jnp.asarray(self.correct_B)
+            parts["length"] = length_reward(lengths, correct, config.rollout.group_size)
+        return {name: np.asarray(part, np.float32) for name, part in parts.items()}
+
     def total_rewards(self, config: Config) -> np.ndarray:
-        """float32 [B]: the rewards, less what comes off for length."""
+        """float32 [B]: all that is rewarded."""
         r = config.reward
-        if not r.overlong_buffer:
-            return self.rewards_B
-        overlong = overlong_penalty(jnp.asarray(self.lengths_B), self.max_new_tokens, r.overlong_buffer)
-        return self.rewards_B + r.overlong_penalty * np.asarray(overlong, np.float32)
+        weights = {"overlong": r.overlong_penalty, "length": r.length_weight}
+        rewards = self.rewards_B
+        for name, part in self.length_parts(config).items():
+            rewards = rewards + weights[name] * part
+        return rewards
 
 
-def verdicts(config: Config, scored: Sequence[Scored] | None, share: Share) -> tuple[np.ndarray, np.ndarray]:
-    """`Round.rewards_B` and `correct_B`, from the verdicts on the rows of each process."""
+def verdicts(
+    config: Config, scored: Sequence[Scored] | None, share: Share
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """`Round.rewards_B`, `correct_B` and `parts`, from the verdicts on the rows of each process."""
     r = config.reward
     if scored is None:
-        return np.zeros(share.num_rows, np.float32), np.zeros(share.num_rows, bool)
-    rewards, correct = np.zeros(len(share.held), np.float32), np.zeros(len(share.held), bool)
+        return np.zeros(share.num_rows, np.float32), np.zeros(share.num_rows, bool), {}
+    names, num_held = function_names(r.verifier, r.shaping), len(share.held)
+    rewards, correct = np.zeros(num_held, np.float32), np.zeros(num_held, bool)
+    scores = np.zeros((num_held, len(names)), np.float32)
     rewards[share.owned] = [total(s, r.verifier, r.shaping) for s in scored]
     correct[share.owned] = [is_correct(s, r.verifier) for s in scored]
-    return gather(rewards, share), gather(correct, share)
+    for i, name in enumerate(names):
+        scores[share.owned, i] = [s.scores[name] for s in scored]
+    parts = dict(zip(names, gather(scores, share).T, strict=True))
+    return gather(rewards, share), gather(correct, share), parts
 
 
 def wants_another(config: Config, rounds: Sequence[Round]) -> bool:
@@ -164,13 +185,20 @@ def round_metrics(config: Config, rounds: Sequence[Round]) -> Metrics:
         errors = int(total_over_hosts(np.array(errors)))
         rewards, correct = _verdicts_of(config, rounds)
         out |= reward_metrics(rewards, correct, errors, config.rollout.group_size)
+        parts = [r.parts | r.length_parts(config) for r in rounds]
+        out |= {
+            f"reward/part/{name}": float(np.mean(np.concatenate([part[name] for part in parts])))
+            for name in parts[0]
+        }
     if config.rl.resample_rounds:
         out["reward/rounds"] = len(rounds)
     return out
 
 
-def sample_rows(config: Config, sampled: Round, step: int, end_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The first completions of those that this process answers for, as readable records."""
+def sample_rows(
+    config: Config, sampled: Round, step: int, end_ids: Sequence[int], limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Completions of those that this process answers for, as readable records: the first so many, or all."""
     assert sampled.scored is not None
     group_size, rewards = config.rollout.group_size, sampled.total_rewards(config)
     prompts, held = sampled.prompts, np.flatnonzero(sampled.share.owned)
@@ -184,9 +212,10 @@ def sample_rows(config: Config, sampled: Round, step: int, end_ids: Sequence[int
             "sample": int(rows[i]) % group_size,
             "completion": sampled.texts[i],
             "reward": float(rewards[rows[i]]),
+            "correct": bool(sampled.correct_B[rows[i]]),
             "scores": sampled.scored[i].scores,
             "error": sampled.scored[i].error,
             "finish": finish_reason(sampled.ids[i].tolist(), bool(sampled.ended_B[rows[i]]), end_ids),
         }
-        for i in range(min(config.log.rollouts_rows, len(sampled.texts)))
+        for i in range(len(sampled.texts))[:limit]
     ]

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from kdrl_jax import hosts
 from kdrl_jax.config import Config
 from kdrl_jax.config.schedules import constant
-from kdrl_jax.data.prompts import PromptStream, encode_completion
+from kdrl_jax.data.encoded import encode_completion
+from kdrl_jax.data.prompts import PromptStream
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.hosts import Share
 from kdrl_jax.models.decoder import FrozenModel
@@ -99,7 +100,7 @@ class Collector:
             scored = drawn.pending.result()
             self._tell_errors(scored, reporter)
         d = drawn
-        rewards_B, correct_B = verdicts(self._config, scored, d.share)
+        rewards_B, correct_B, parts = verdicts(self._config, scored, d.share)
         lengths_B, ended_B = hosts.whole((d.rollouts.completion_lengths_B, d.rollouts.ended_B))
         return Round(
             d.prompts,
@@ -110,6 +111,7 @@ class Collector:
             scored,
             rewards_B,
             correct_B,
+            parts,
             lengths_B,
             ended_B,
             d.max_new_tokens,
@@ -156,8 +158,10 @@ class Collector:
         def on_chunk(chunk: Chunk) -> None:
             nonlocal idle_frac
             idle_frac = chunk.idle_frac
-            reporter.stage(f"sampling: {chunk.num_tokens} tokens, {chunk.num_running} rows to go")
+            done = max(num_rows - chunk.num_running, 0)
+            reporter.stage("sampling", done, num_rows, f" ({chunk.num_tokens} tokens)")
 
+        num_rows = c.train.prompts_per_iteration * c.rollout.group_size
         reporter.stage("sampling")
         rollouts = self._engine.generate(
             params,

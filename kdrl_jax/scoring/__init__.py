@@ -5,6 +5,7 @@ through a model in passes (`microbatches`). The states that predict completion t
 few tokens at a time (`passes`), and give scores or, with a loss per token, gradients (`head`).
 """
 
+from kdrl_jax.scoring.details import TokenDetails, describe_predictors
 from kdrl_jax.scoring.frozen import PackScores, make_scorer, score_rows
 from kdrl_jax.scoring.head import head_loss, score_predictors
 from kdrl_jax.scoring.microbatches import Bounds, map_passes, sum_passes, take_pass
@@ -22,8 +23,10 @@ __all__ = [
     "Places",
     "TeacherSide",
     "TeacherStates",
+    "TokenDetails",
     "TokenLoss",
     "TokenScores",
+    "describe_predictors",
     "head_loss",
     "make_scorer",
     "map_passes",

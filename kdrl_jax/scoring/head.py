@@ -187,7 +187,11 @@ def _like(kernel: jax.Array, gradient: jax.Array | None) -> jax.Array | None:
 
 def _score_pass(rules: _Rules, operands: Operands) -> Pieces:
     logits = products(operands.states, operands.head)
-    return Pieces((), None, _token_scores(rules, operands, logits, _teacher_logp(rules, operands)))
+    return Pieces(
+        (),
+        None,
+        _token_scores(rules, operands, logits, teacher_logprobs(operands, rules.settings.num_tokens)),
+    )
 
 
 def _loss_pass(rules: _Rules, operands: Operands) -> Pieces:
@@ -201,7 +205,7 @@ def _gradient_pass(rules: _Rules, operands: Operands) -> Pieces:
     products of the backward pass are our own, which fixes their types and that there are no more."""
     token_loss = rules.token_loss
     assert token_loss is not None
-    teacher_logp = _teacher_logp(rules, operands)
+    teacher_logp = teacher_logprobs(operands, rules.settings.num_tokens)
 
     def loss(bare: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         return token_loss(_token_scores(rules, operands, bare, teacher_logp), operands.inputs)
@@ -215,16 +219,14 @@ def _gradient_pass(rules: _Rules, operands: Operands) -> Pieces:
     return Pieces((value, sums), in_kernel, in_states)
 
 
-def _teacher_logp(rules: _Rules, operands: Operands) -> jax.Array | None:
-    """Log-probabilities [B, n, V] of the teacher, or of the mixture."""
+def teacher_logprobs(operands: Operands, num_tokens: int) -> jax.Array | None:
+    """Log-probabilities [B, n, V] of the teacher, or of the mixture; None without one."""
     teacher = operands.teacher
     if teacher is None:
         return None
 
     def logp(states: jax.Array, head: Head) -> jax.Array:
-        logits = head_logits(
-            states, head, num_tokens=rules.settings.num_tokens, temperature=operands.temperature
-        )
+        logits = head_logits(states, head, num_tokens=num_tokens, temperature=operands.temperature)
         return jax.nn.log_softmax(logits)
 
     logps = [logp(states, head) for states, head in zip(teacher.states, teacher.heads, strict=True)]

@@ -63,14 +63,18 @@ def pack_shape(
     return PackShape(length, rows_per_pass, needed, share_prompts)
 
 
-def config_pack_shape(config: Config, mesh: Mesh) -> PackShape:
+def config_pack_shape(config: Config, mesh: Mesh, num_rows: int | None = None) -> PackShape:
     """The shape of a minibatch of a run.
+
+    Args:
+        num_rows: of the rollouts; None is those of a minibatch.
 
     Raises:
         ValueError: prompts are to be shared where attention cannot.
     """
     c, t = config, config.train
-    num_rows = c.groups_per_batch * c.rollout.group_size // t.num_minibatches
+    if num_rows is None:
+        num_rows = c.groups_per_batch * c.rollout.group_size // t.num_minibatches
     longest = c.data.max_prompt_tokens + c.rollout.max_new_tokens
     attention = row_attention(t.attention, mesh)
     takes_prefixes = attention.takes_prefixes

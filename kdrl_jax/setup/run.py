@@ -1,12 +1,11 @@
 """A config to all that a run works with: mesh, tokenizer, models, optimizer."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -48,9 +47,9 @@ class Setup:
     tokenizer: Tokenizer
     student: Model
     teachers: dict[str, FrozenModel]
-    """By role, in the config's order."""
+    """By role, in the config's order: those that were asked for."""
     reference: FrozenModel | None
-    """What the student is compared with; None unless a term asks for it."""
+    """What the student is compared with; None unless a term asks for it, and it was asked for."""
     optimizer: optax.GradientTransformation
     frozen: Params
     """What of the student is not trained: all but its adapters with LoRA, else nothing."""
@@ -105,8 +104,9 @@ class Setup:
         params = self.init_trainable()
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
-        zero = [hosts.spread(np.zeros((), np.int32), shardings.step) for _ in range(3)]
-        return self.park(TrainState(zero[0], params, opt_state, zero[1], zero[2]))
+        # Each counter is an array of its own, since all are donated.
+        counters = jax.tree.map(lambda x: hosts.spread(x, shardings.step), TrainState.first({}, {}))
+        return self.park(dataclasses.replace(counters, params=params, opt_state=opt_state))
 
     def park(self, state: TrainState) -> TrainState:
         """With train.park_optimizer, the optimizer's state in the hosts' memory, as it is between updates."""
@@ -132,17 +132,23 @@ class Setup:
             jax.eval_shape(self.optimizer.init, params),
             shardings,
         )
-        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        return TrainState(count, params, opt_state, count, count)  # type: ignore[arg-type]
+        counters = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), TrainState.first({}, {})
+        )
+        return dataclasses.replace(counters, params=params, opt_state=opt_state)
 
 
-def make_setup(config: Config) -> Setup:
-    """Finds, checks and loads everything a config names; nothing is written.
+def make_setup(config: Config, needed: Collection[Role] | None = None) -> Setup:
+    """Finds and checks everything a config names, and loads what is needed; nothing is written.
+
+    Args:
+        needed: models to load beside the student: teachers, `reference`. None: all. The others are looked at
+            all the same, since which tokens are sampled follows from all vocabularies.
 
     Raises:
         ValueError, FileNotFoundError: one line naming what does not fit and what to do.
     """
-    mesh = check_mesh(config)
+    mesh = sharding.make_mesh(config.mesh)
     finder = Finder()
     tokenizer_of = {role: finder.own_tokenizer(config, role) for role in roles(config)}
     tokenizer = choose_tokenizer(config, finder, tokenizer_of)
@@ -172,6 +178,7 @@ def make_setup(config: Config) -> Setup:
         init_trainable,
         lambda role: _frozen_model(config, shapes[role], role, mesh, load),
         (pairing.num_tokens, (*pairing.notes, *_whole_heads(shapes, mesh))),
+        (*config.all_teachers, "reference") if needed is None else needed,
     )
 
 
@@ -218,6 +225,7 @@ def abstract_setup(config: Config, mesh: Mesh, shapes: Mapping[Role, DecoderConf
         nothing,
         lambda role: _frozen_model(config, shapes[role], role, mesh, load),
         (ids.num_tokens, ()),
+        (*config.all_teachers, "reference"),
     )
 
 
@@ -230,10 +238,13 @@ def _assemble(
     init_trainable: Callable[[], Params],
     frozen_model: Callable[[Role], FrozenModel],
     paired: tuple[int, tuple[str, ...]],
+    needed: Collection[Role],
 ) -> Setup:
+    roles_of_teachers = [role for role in config.all_teachers if role in needed]
+    has_reference = "reference" in needed and (config.reference is not None or config.uses_reference)
     # With several frozen models, only the one at work is on the devices.
-    extra = config.reference is not None or (config.uses_reference and not frozen)
-    several = len(config.all_teachers) + extra > 1
+    extra = has_reference and (config.reference is not None or not frozen)
+    several = len(roles_of_teachers) + extra > 1
     park = several if config.train.park_frozen == "auto" else config.train.park_frozen == "always"
 
     def waiting(role: Role) -> FrozenModel:
@@ -241,13 +252,13 @@ def _assemble(
         return model.parked() if park else model
 
     reference = None
-    if config.reference is not None:
+    if has_reference and config.reference is not None:
         reference = waiting("reference")
-    elif config.uses_reference and frozen:
+    elif has_reference and frozen:
         # Without its adapters, the student is what it was.
         plain = make_model(student.config, dtype_of(config.student), attention=student.attention)
         reference = FrozenModel(plain, frozen)
-    elif config.uses_reference:
+    elif has_reference:
         reference = waiting("student")
     num_tokens, notes = paired
     return Setup(
@@ -255,7 +266,7 @@ def _assemble(
         mesh=mesh,
         tokenizer=tokenizer,
         student=student,
-        teachers={role: waiting(role) for role in config.all_teachers},
+        teachers={role: waiting(role) for role in roles_of_teachers},
         reference=reference,
         optimizer=make_optimizer(config.optimizer, trainable_dims(student)),
         frozen=frozen,
@@ -300,7 +311,7 @@ def _prepare_student(
 
 
 def check_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh, if the config's row counts divide over it.
+    """The mesh, if the row counts of training divide over it.
 
     Args:
         devices: None is those that are there.

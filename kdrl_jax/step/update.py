@@ -11,6 +11,7 @@ from kdrl_jax.models.adapters import overlay
 from kdrl_jax.objective.policy import effective_sample_share
 from kdrl_jax.optim import make_schedule
 from kdrl_jax.step.objective import Heads, Minibatch, Objective, Part, StepInputs
+from kdrl_jax.step.spikes import is_spike, measures, remember
 from kdrl_jax.step.terms import finish_means
 from kdrl_jax.types import Metrics, Params, TrainState
 
@@ -22,8 +23,8 @@ def make_update(
     with the state donated. The student is the state's parameters over the frozen ones, of which there are
     none without adapters.
 
-    A gradient that is not finite changes nothing but the counters: the step is taken for schedules,
-    parameters and moments stay as they are.
+    A gradient that is not finite, or a spike, changes nothing but the counters: the step is taken for
+    schedules, parameters and moments stay as they are.
     """
     config, terms = objective.config, objective.terms
     learning_rate = make_schedule(config.optimizer.learning_rate)
@@ -42,18 +43,27 @@ def make_update(
 
         (loss, sums), grads = objective.accumulate(loss_and_gradient, minibatch)
         grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        now_2 = measures(loss, grad_norm)
+        if config.train.spike_sigmas is not None:
+            taken &= ~is_spike(state.usual, now_2, config.train.spike_sigmas)
         lr = learning_rate(state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(taken, new, old),
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        new = TrainState(state.step + 1, params, opt_state, skipped, state.skipped_total + ~finite)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=jnp.where(taken, 0, state.skipped + 1),
+            skipped_total=state.skipped_total + ~taken,
+            usual=remember(state.usual, now_2, taken & (grad_norm > 0)),
+        )
         metrics = finish(sums) | {f"{t}/coef": at.coefs.get(t, jnp.zeros(())) for t in terms.schedules}
         if {"rl/clip_low_frac", "rl/clip_high_frac"} & metrics.keys():
             metrics |= {"rl/clip_low": at.clip_low, "rl/clip_high": at.clip_high}

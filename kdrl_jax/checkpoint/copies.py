@@ -6,12 +6,15 @@ Orbax knows Google's buckets and disks: of `s3://…` it makes a relative path, 
 """
 
 import contextlib
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from kdrl_jax.paths import filesystem
+from kdrl_jax.checkpoint.keep import Keep
+from kdrl_jax.paths import filesystem, remove_folder
 
-_DONE = "commit_success.txt"
+DONE = "commit_success.txt"
 """Written last, and removed first: a checkpoint without it is not there. Named as orbax names its own."""
 
 
@@ -26,7 +29,7 @@ class Copies:
 
     def steps(self) -> list[int]:
         """Of the whole checkpoints in the bucket, in order."""
-        names = (Path(place).parent.name for place in self._bucket.glob(f"{self._directory}/*/{_DONE}"))
+        names = (Path(place).parent.name for place in self._bucket.glob(f"{self._directory}/*/{DONE}"))
         return sorted(int(name) for name in names if name.isdigit())
 
     def fetch(self, step: int, item: str = "") -> None:
@@ -37,18 +40,25 @@ class Copies:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._bucket.get_file(place, str(file))
 
-    def push(self, step: int, keep: int | None) -> None:
-        """Copies a checkpoint of this machine to the bucket, and removes all but the newest `keep` there."""
+    def push(self, step: int, keep: Keep | None, accuracies: Mapping[int, float]) -> None:
+        """Copies a checkpoint of this machine to the bucket, and removes what is not to be kept there."""
         local, remote = self.local / str(step), self._place(step)
         with contextlib.suppress(FileNotFoundError):  # what a save that was cut off has left
             self._bucket.rm(remote, recursive=True)
         files = [file for file in local.rglob("*") if file.is_file()]
         places = [f"{remote}/{file.relative_to(local).as_posix()}" for file in files]
         self._bucket.put([str(file) for file in files], places)
-        self._bucket.pipe_file(f"{remote}/{_DONE}", b"")
-        for old in self.steps()[:-keep] if keep else ():
-            self._bucket.rm_file(f"{self._place(old)}/{_DONE}")
-            self._bucket.rm(self._place(old), recursive=True)
+        self._bucket.pipe_file(f"{remote}/{DONE}", b"")
+        steps = self.steps()
+        for old in set(steps) - keep(steps, accuracies) if keep else ():
+            self._remove(old)
+
+    def forget(self, step: int) -> None:
+        """Removes what was copied of a checkpoint to this machine."""
+        shutil.rmtree(self.local / str(step), ignore_errors=True)
+
+    def _remove(self, step: int) -> None:
+        remove_folder(self._directory / str(step), first=DONE)
 
     def close(self) -> None:
         self._temporary.cleanup()

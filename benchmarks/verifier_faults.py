@@ -1,0 +1,126 @@
+"""Faults of the verifiers and of rewards for length, for `mutations.py`: name, file, old, new, tests."""
+
+GOLDEN = "test_verifiers.py -k golden"
+VERIFIER_FAULTS = (
+    (
+        "a list of answers is taken for one of them",
+        "rewards/mathematics.py",
+        "    if len(ours) != len(theirs):\n        return False\n",
+        "",
+        GOLDEN,
+    ),
+    (
+        "points are compared in any order",
+        "rewards/mathematics.py",
+        "        return _all_equal(gold.items, guess.items)\n    return False\n\n\ndef _is_point",
+        "        return _matched(gold.items, guess.items)\n    return False\n\n\ndef _is_point",
+        GOLDEN,
+    ),
+    (
+        "the kind of an interval's brackets is not looked at",
+        "rewards/mathematics.py",
+        "    if guess.brackets == gold.brackets or",
+        "    if len(guess.brackets) == len(gold.brackets) or",
+        GOLDEN,
+    ),
+    (
+        "the base of a number is not looked at",
+        "rewards/mathematics.py",
+        "            return int(gold.digits, gold.base) == int(guess.digits, guess.base)",
+        "            return gold.digits == guess.digits",
+        GOLDEN,
+    ),
+    (
+        "units that differ are the same",
+        "rewards/mathematics.py",
+        "        if gold.unit and guess.unit and not any",
+        "        if False and not any",
+        GOLDEN,
+    ),
+    (
+        "expressions are compared to six digits",
+        "rewards/values.py",
+        "_TOLERANCE_DIGITS = 60",
+        "_TOLERANCE_DIGITS = 6",
+        GOLDEN,
+    ),
+    (
+        "variables are positive at all points",
+        "rewards/values.py",
+        "        yield above | {name: -above[name] * Fraction(1319, 1201)}\n"
+        "        yield below | {name: -below[name] * Fraction(1103, 1201)}\n",
+        "        yield above | {name: above[name] * Fraction(1319, 1201)}\n"
+        "        yield below | {name: below[name] * Fraction(1103, 1201)}\n",
+        GOLDEN,
+    ),
+    (
+        "a chosen letter is any letter",
+        "rewards/choices.py",
+        '        if m["letter"] not in "AI" or m["open"] or m["rest"] is not None:',
+        "        if True:",
+        GOLDEN,
+    ),
+    (
+        "the first match of a pattern counts",
+        "rewards/choices.py",
+        "        found = match[1]\n",
+        "        found = found or match[1]\n",
+        GOLDEN,
+    ),
+    (
+        "a pattern without a group may match a part",
+        "rewards/choices.py",
+        "compiled.fullmatch(completion",
+        "compiled.search(completion",
+        GOLDEN,
+    ),
+    (
+        "powers have no bound",
+        "rewards/values.py",
+        "    if (1 + _log2_size(base)) * abs(complex(_inexact(power))) > MAX_BITS:",
+        "    if False:",
+        "test_verifiers.py -k 'hostile and math'",
+    ),
+    (
+        "math-verify reads all that it is given",
+        "rewards/symbolic.py",
+        "    if not (is_readable(gold) and is_readable(guess)):\n        return False\n",
+        "",
+        "test_verifiers.py -k 'hostile and math'",
+    ),
+    (
+        "math-verify has no time limit",
+        "rewards/symbolic.py",
+        "    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT_S)",
+        "    signal.setitimer(signal.ITIMER_REAL, 20.0)",
+        "test_verifiers.py -k cut_off_where",
+    ),
+    (
+        "wrong completions gain by being short",
+        "objective/advantages.py",
+        "jnp.minimum(gain_PG, 0.0))",
+        "gain_PG)",
+        "test_verifiers.py -k length_reward",
+    ),
+    (
+        "lengths are compared with those of all groups",
+        "objective/advantages.py",
+        "lengths_PG.min(1, keepdims=True), lengths_PG.max(1, keepdims=True)",
+        "lengths_PG.min(), lengths_PG.max()",
+        "test_verifiers.py -k length_reward",
+    ),
+    (
+        "a part of the reward is logged after its weight",
+        "rounds/choose.py",
+        '            parts["overlong"] = overlong',
+        '            parts["overlong"] = r.overlong_penalty * overlong',
+        "test_verifiers.py -k logged",
+    ),
+    (
+        "what a length takes off is no part of the reward",
+        "rounds/choose.py",
+        "            rewards = rewards + weights[name] * part",
+        "            rewards = rewards + 0.0 * part",
+        "test_verifiers.py -k logged",
+    ),
+)
