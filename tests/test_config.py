@@ -11,8 +11,8 @@ import yaml
 from kdrl_jax.config import Config, ConfigError, load_config, load_run_config, save_config
 from kdrl_jax.config.errors import setting_names
 from kdrl_jax.config.estimators import REFUSED
-from kdrl_jax.config.load import _Dumper
-from kdrl_jax.config.schedules import Constant, Cosine, Linear
+from kdrl_jax.config.load import _Dumper, differences
+from kdrl_jax.config.schedules import Constant, Cosine, Linear, Piecewise
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_FILES = sorted(p for p in CONFIGS.rglob("*.y*ml"))
@@ -85,6 +85,35 @@ def test_every_config_loads(path, tmp_path):
     for model in (config.student, config.teacher):
         if model is not None and model.run is not None and model.run.endswith(("yaml", "yml")):
             assert Path(model.run) in [Path(os.path.normpath(p)) for p in CONFIG_FILES]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "paper").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_setting_of_the_paper_says_whose_it_is(path):
+    """Confirmed, ours, or of memory alone."""
+    marked = ("# paper", "# ours", "# memory alone")
+    whose = None
+    for line in path.read_text().splitlines():
+        if not line.strip() or line.startswith(("#", "extends:", "name:", "plan:")):
+            continue
+        if not line.startswith(" "):
+            whose = None
+        if line.split(" #")[0].rstrip().endswith(":"):  # a section, whose mark is that of its entries
+            whose = whose or ("marked" if any(mark in line for mark in marked) else None)
+            continue
+        assert whose or any(mark in line for mark in marked), line
+
+
+def test_the_papers_runs_differ_in_what_they_are_named_for():
+    runs = {p.stem: load_config(p) for p in (CONFIGS / "paper").glob("*.yaml") if p in RUNNABLE}
+    assert len(runs) == 7
+    base = runs["kdrl"].model_dump()
+    for name, config in runs.items():
+        differ = {key.partition(".")[0] for key, _, _ in differences(base, config.model_dump())}
+        assert differ <= {"name", "rl", "kd", "teacher", "train", "plan"}, name
+        assert ("train" in differ) == (name == "kdrl_anneal_v5p"), name
+        assert ("teacher" in differ) == (name == "grpo")
+    masks = {name: config.kd.mask for name, config in runs.items() if config.kd.mask != "none"}
+    assert masks == {"kdrl_mask_response": "response", "kdrl_mask_group": "group"}
 
 
 def test_every_base_is_extended_and_cannot_stand_alone():
@@ -175,6 +204,8 @@ def test_merging(tmp_path, good):
     assert load("kd.coef=2").kd.coef == Constant(value=2)
     assert load("kd.coef=2", "kd.coef.value=3").kd.coef == Constant(value=3)
     assert len(load("data.train=[{kind: task, task: chain_sum}]").data.train) == 1
+    by_step = load("rl.coef.values={0: 0, 3: 1}").rl.coef
+    assert by_step == Piecewise(kind="piecewise", values={0: 0.0, 3: 1.0})
 
     teacher = load("teacher.run=runs/t").teacher
     assert teacher is not None

@@ -50,6 +50,12 @@ class TestTasks:
             "11",
         )
 
+    def test_fixed_rows_with_minuses_and_mistakes(self) -> None:
+        mistakes = {"facts": 0.5, "belief": 1.0, "slips": 0.5}
+        settings = task(min_terms=4, max_terms=4, minuses=[1, 2], mistakes=mistakes)
+        assert task_row(settings, 0) == ("4+5+7-6", "4+5=10,10+7=16,16-6=11####11", "10")
+        assert task_row(settings, 2) == ("8+6-6-2", "8+6=13,13-6=8,8-2=5####5", "6")
+
     def test_other_processes_make_the_same_rows(self) -> None:
         code = (
             "from kdrl_jax.config.data import TaskSourceConfig as C\n"
@@ -78,6 +84,71 @@ class TestTasks:
                 assert step == f"{total}+{term}={total + term}"
                 total += term
 
+    def test_minuses_are_right(self) -> None:
+        seen = set()
+        for i in range(500):
+            row = task_row(task(min_terms=3, max_terms=5, minuses=[1, 2]), i)
+            terms = [int(t) for t in re.findall(r"-?\d+", row.question)]
+            assert re.fullmatch(r"\d([+-]\d){2,4}", row.question)
+            assert min(np.cumsum(terms)) >= 0
+            seen.add(sum(t < 0 for t in terms))
+            steps, _, last = row.completion.partition("####")
+            assert int(last) == int(row.answer) == sum(terms)
+            total = terms[0]
+            for step, term in zip(steps.split(","), terms[1:], strict=True):
+                assert step == f"{total}{term:+d}={total + term}"
+                total += term
+        assert seen == {1, 2}
+
+    def test_mistakes(self) -> None:
+        """Believed facts are wrong always in one way and in their share; other steps slip by one; what
+        follows goes on from there; the answer and the question stay as they were."""
+        settings: dict[str, Any] = {"min_terms": 3, "max_terms": 4, "minuses": [0, 1]}
+        mistakes = {"facts": 0.3, "belief": 0.7, "slips": 0.1, "seed": 3}
+        seen: dict[str, list[int]] = {}
+        for i in range(6000):
+            row = task_row(task(**settings, mistakes=mistakes), i)
+            plain = task_row(task(**settings), i)
+            assert (row.question, row.answer) == (plain.question, plain.answer)
+            terms = [int(t) for t in re.findall(r"-?\d+", row.question)]
+            steps, _, last = row.completion.partition("####")
+            total = terms[0]
+            for step, term in zip(steps.split(","), terms[1:], strict=True):
+                left, _, right = step.partition("=")
+                assert left == f"{total}{term:+d}"
+                seen.setdefault(left, []).append(int(right) - max(0, total + term))
+                total = int(right)
+            assert int(last) == total >= 0
+        common = {left: errors for left, errors in seen.items() if len(errors) >= 40}
+        wrong = {left: sum(e != 0 for e in errors) / len(errors) for left, errors in common.items()}
+        believed = {left for left, share in wrong.items() if share > 0.4}
+        assert 0.2 < len(believed) / len(common) < 0.4
+        assert all(len({e for e in common[left] if e}) == 1 for left in believed)
+        assert abs(np.mean([wrong[left] for left in believed]) - 0.7) < 0.02
+        others = [left for left in common if left not in believed]
+        assert abs(np.mean([wrong[left] for left in others]) - 0.1) < 0.02
+        assert {e for left in others for e in common[left]} == {-1, 0, 1}
+
+    def test_other_mistakes_by_seed(self) -> None:
+        def rows(seed: int) -> list[str]:
+            mistakes = {"facts": 0.3, "belief": 1.0, "seed": seed}
+            return [task_row(task(mistakes=mistakes), i).completion for i in range(50)]
+
+        assert rows(0) == rows(0) != rows(1)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"minuses": [2, 1]}, r"minuses=\[2, 1\]: write \[fewest, most\]"),
+            ({"minuses": [0, 2]}, r"of min_terms=2 at most 1 can be taken away"),
+            ({"task": "word_sum", "minuses": [0, 1]}, "minuses is for task=chain_sum, not for word_sum"),
+            ({"task": "word_sum", "mistakes": {}}, "mistakes is for task=chain_sum, not for word_sum"),
+        ],
+    )
+    def test_contradictions(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            TaskSourceConfig.model_validate({"kind": "task", "task": "chain_sum", **settings})
+
     def test_word_sum_is_right(self) -> None:
         questions = set()
         for i in range(500):
@@ -104,6 +175,15 @@ class TestTasks:
         assert not rows["train"] & rows["heldout"]
         assert all(map(is_heldout, rows["heldout"]))
         assert not any(map(is_heldout, rows["train"]))
+
+    def test_validation_and_test_are_halves_of_what_is_held_out(self) -> None:
+        rows = {
+            split: {task_row(task(max_terms=3, split=split), i).question for i in range(2000)}
+            for split in ("heldout", "validation", "test")
+        }
+        assert not rows["validation"] & rows["test"]
+        assert rows["validation"] | rows["test"] == rows["heldout"]
+        assert 0.35 < len(rows["test"]) / len(rows["heldout"]) < 0.65
 
     def test_a_tenth_is_held_out(self) -> None:
         share = np.mean([is_heldout(f"{a}+{b}+{c}") for a in range(20) for b in range(20) for c in range(20)])

@@ -101,18 +101,39 @@ class HubSourceConfig(StoredConfig):
     """A commit or tag, so that the data cannot change; null is the newest."""
 
 
+class MistakesConfig(Section):
+    """Worked steps that are wrong, for teaching a model what it will have to unlearn. The answer that
+    completions are judged by stays the right one."""
+
+    facts: Fraction = 0.0
+    """Share of single steps (`12+9`) that are believed to have another result, each always the same one."""
+    belief: Fraction = 0.7
+    """How often a step that is believed wrong is written so; the other times it is right."""
+    slips: Fraction = 0.0
+    """How often any other step is wrong, by one in either direction."""
+    seed: Count = 0
+    """Other seeds believe other things."""
+
+
 class TaskSourceConfig(_Source):
     """Procedural questions: every row is generated from its index, so there is nothing to download."""
 
     kind: Literal["task"]
     task: Literal["chain_sum", "word_sum"]
     """`chain_sum`: symbols with worked steps; `word_sum`: one- and two-step sums in words."""
-    split: Literal["train", "heldout"] = "train"
-    """A question belongs to one split, by a hash of its text."""
+    split: Literal["train", "heldout", "validation", "test"] = "train"
+    """A question belongs to `train` or to `heldout` by a hash of its text; `validation` and `test` are the
+    halves of `heldout`."""
     min_terms: Annotated[int, Field(strict=True, ge=2)] = 2
     max_terms: Annotated[int, Field(strict=True, ge=2)] = 4
     max_value: Positive = 9
     """Terms are drawn from 1..max_value."""
+    minuses: tuple[Count, Count] = (0, 0)
+    """[fewest, most] terms of a `chain_sum` that are taken away; no total on the way is below 0."""
+    mistakes: MistakesConfig | None = None
+    """Of a `chain_sum`: wrong steps in its completions. null: none."""
+    label: str | None = None
+    """What evaluations call this source. null: its task and split."""
     size: Positive = 100_000
     """Rows before the task repeats (rows are drawn with a fixed seed of the task's own)."""
 
@@ -120,6 +141,18 @@ class TaskSourceConfig(_Source):
     def _check(self) -> "TaskSourceConfig":
         if self.min_terms > self.max_terms:
             raise ValueError(f"min_terms={self.min_terms} is above max_terms={self.max_terms}")
+        fewest, most = self.minuses
+        if fewest > most:
+            raise ValueError(f"minuses={[fewest, most]}: write [fewest, most]")
+        if most >= self.min_terms:
+            raise ValueError(
+                f"minuses={[fewest, most]}: of min_terms={self.min_terms} at most {self.min_terms - 1} can "
+                "be taken away, since the first is not"
+            )
+        if self.task != "chain_sum":
+            for key, is_set in {"minuses": most > 0, "mistakes": self.mistakes is not None}.items():
+                if is_set:
+                    raise ValueError(f"{key} is for task=chain_sum, not for {self.task}; remove it")
         return self
 
 

@@ -215,7 +215,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """`top` over `base`: mappings are merged, everything else is replaced.
 
     A mapping that names another `kind`, or another origin of a model, replaces the old one whole:
-    settings of a linear schedule mean nothing to a cosine.
+    settings of a linear schedule mean nothing to a cosine. So does one by step, as a piecewise schedule's
+    `values`: its entries are no settings of their own.
     """
     merged = copy.copy(base)
     for key, value in top.items():
@@ -227,7 +228,9 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _changes_meaning(old: dict[str, Any], new: dict[str, Any]) -> bool:
+def _changes_meaning(old: dict[Any, Any], new: dict[Any, Any]) -> bool:
+    if any(isinstance(key, int) for key in new):
+        return True
     if "kind" in new and new["kind"] != old.get("kind"):
         return True
     # A resolved config names all origins, two of them with null.

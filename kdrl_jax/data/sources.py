@@ -95,7 +95,7 @@ class TaskSource:
         self.bad = BadRows(0)
         self.left_out: Counter[str] = Counter()
         self.num_checked = min(config.size, TASK_ROWS_CHECKED)
-        self.name = f"{config.task}/{config.split}"
+        self.name = config.label or f"{config.task}/{config.split}"
         self[0]  # An impossible split is reported now, not in the middle of a run.
 
     def __len__(self) -> int:
