@@ -206,6 +206,7 @@ def test_merging(tmp_path, good):
     assert len(load("data.train=[{kind: task, task: chain_sum}]").data.train) == 1
     by_step = load("rl.coef.values={0: 0, 3: 1}").rl.coef
     assert by_step == Piecewise(kind="piecewise", values={0: 0.0, 3: 1.0})
+    assert load('rl.coef={"kind": "piecewise", "values": {"0": 0, "3": 1}}').rl.coef == by_step
 
     teacher = load("teacher.run=runs/t").teacher
     assert teacher is not None

@@ -10,7 +10,8 @@ from kdrl_jax.config.load import parse_yaml
 CONFIGS = Path(__file__).parents[2] / "configs" / "lab"
 Settings = dict[str, Any]
 """Dotted key -> value, as overrides of a config."""
-TEACHERS = ("strong", "imperfect")
+Teacher = Literal["strong", "imperfect"]
+TEACHERS: tuple[Teacher, ...] = ("strong", "imperfect")
 
 
 class _Part(BaseModel):
@@ -30,14 +31,19 @@ class Seeds(_Part):
 
 class Method(_Part):
     has_teacher: bool = True
-    at_best_of: str | None = None
-    """A method whose best settings each entry of the grid is tried with; None: the grid is all."""
     grid: tuple[Settings, ...]
+    across: tuple[Settings, ...] = ({},)
+    """Each entry of the grid is tried with each of these."""
+
+    @property
+    def points(self) -> list[Settings]:
+        """What is tried."""
+        return [one | other for other in self.across for one in self.grid]
 
 
 class Ablation(_Part):
     method: str
-    teachers: tuple[Literal["strong", "imperfect"], ...]
+    teachers: tuple[Teacher, ...]
     variants: dict[str, Settings]
 
 
@@ -46,24 +52,17 @@ class Protocol(_Part):
     model_seed: int
     seeds: Seeds
     trial_seed: int
-    rates: tuple[Settings, ...]
-    """Named once, for grids."""
-    coefs: tuple[Settings, ...]
-    """Likewise."""
     methods: dict[str, Method]
     ablation_seeds: tuple[int, ...]
     ablations: dict[str, Ablation]
     new_kinds: tuple[str, ...]
+    """Labels of the test questions that are none of those trained on."""
     test: Settings
 
     @field_validator("methods")
     @classmethod
     def _check_methods(cls, methods: dict[str, Method]) -> dict[str, Method]:
-        for name, method in methods.items():
-            other = method.at_best_of
-            if other is not None and (other not in methods or methods[other].at_best_of is not None):
-                raise ValueError(f"{name}.at_best_of={other}: name a method with a grid of its own")
-        trials = {name: len(method.grid) for name, method in methods.items()}
+        trials = {name: len(method.points) for name, method in methods.items()}
         if len(set(trials.values())) > 1:
             raise ValueError(f"every method must have as many trials as the others: {trials}")
         return methods
@@ -71,8 +70,8 @@ class Protocol(_Part):
     @model_validator(mode="after")
     def _check(self) -> "Protocol":
         for name, ablation in self.ablations.items():
-            if not self.methods[ablation.method].has_teacher:
-                raise ValueError(f"ablation {name!r} is of {ablation.method}, which has no teacher")
+            if ablation.method not in self.methods or not self.methods[ablation.method].has_teacher:
+                raise ValueError(f"ablation {name!r} is of {ablation.method!r}: name a method with a teacher")
         for teacher in TEACHERS:
             seeds = self.seeds_of(teacher)
             if self.trial_seed in seeds or not set(self.ablation_seeds) <= set(seeds):
@@ -80,9 +79,12 @@ class Protocol(_Part):
                     f"trial_seed={self.trial_seed} must not be among seeds.{teacher}={list(seeds)}, and "
                     f"ablation_seeds={list(self.ablation_seeds)} must"
                 )
+        labels = [source.get("label") for source in self.test.get("data.eval", ())]
+        if missing := [kind for kind in self.new_kinds if kind not in labels]:
+            raise ValueError(f"new_kinds={missing} are no labels of test.data.eval, which has {labels}")
         return self
 
-    def seeds_of(self, teacher: str) -> tuple[int, ...]:
+    def seeds_of(self, teacher: Teacher) -> tuple[int, ...]:
         """Of the runs with a teacher that are reported."""
         return self.seeds.strong if teacher == "strong" else self.seeds.imperfect
 

@@ -1,7 +1,6 @@
 """Carries out the lab's runs, several at a time, and keeps their records."""
 
 import concurrent.futures
-import json
 import os
 import queue
 import shutil
@@ -9,14 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.lab.jobs import Job, carry_out, digest, model_digest, run_main
+from benchmarks.lab.jobs import Job, carry_out, decisive, frozen, test_all, thawed
 from benchmarks.lab.plan import Plan
-from benchmarks.lab.protocol import CONFIGS, Models, Protocol
+from benchmarks.lab.processes import Processes
+from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models, Protocol, Teacher
 from benchmarks.lab.records import Record, Records, make_model_record, make_record
+from kdrl_jax.config import Config, load_config
 
 Say = Callable[[str], None]
-STAGES = ("models", "first trials", "later trials", "reported runs", "ablations")
 
 
 class Lab:
@@ -27,49 +28,75 @@ class Lab:
         Args:
             runs: a folder for run directories, which are removed when they have been read.
             out: `results/lab`.
-            num_jobs: runs at a time; each has a core of its own, or all of them if it is alone.
+            num_jobs: runs at a time; each has a core of its own if there are as many.
             say: is told of each run that is done.
         """
         self.protocol, self.runs, self.records = protocol, runs, Records(out)
         self.plan = Plan(protocol, self.record)
         self.models = {name: (runs / "models" / name).absolute() for name in Models.model_fields}
         self._say, self._num_jobs = say, num_jobs
-        self._digests: dict[Job, str] = {}
+        self._processes = Processes()
+        self._known: dict[str, tuple[int | None, Record | None]] = {}
         self._cores: queue.Queue[int | None] = queue.Queue()
         for core in _cores(num_jobs):
             self._cores.put(core)
 
     def record(self, job: Job) -> Record | None:
-        """What is known of a job with the settings it has now."""
-        return self.records.read(f"runs/{job.name}", self._digest(job))
-
-    def _digest(self, job: Job) -> str:
-        if job not in self._digests:
-            self._digests[job] = digest(job, self.protocol)
-        return self._digests[job]
+        """What is known of a job, if it is of the settings that it has now, and of the models that there
+        are."""
+        return self._cached(f"runs/{job.name}", lambda name: self._read_record(name, job))
 
     def model_record(self, name: str) -> Record | None:
-        """What is known of a model with the settings it has now."""
-        return self.records.read(f"models/{name}", model_digest(name, self.protocol))
+        """What is known of a model, if it is of the settings that it has now."""
+        return self._cached(f"models/{name}", lambda path: self._read_model(path, name))
+
+    def _cached(self, name: str, read: Callable[[str], Record | None]) -> Record | None:
+        """A file is looked at again when it has changed. Settings are those of the lab's start."""
+        path = self.records.path(name)
+        when = path.stat().st_mtime_ns if path.exists() else None
+        known = self._known.get(name)
+        if when is None or known is None or known[0] != when:
+            known = self._known[name] = (when, read(name))
+        return known[1]
+
+    def _read_record(self, path: str, job: Job) -> Record | None:
+        record = self.records.read(path)
+        if record is None or _of_today(record["config"]) != decisive(job.config()):
+            return None
+        if job.test is not None and (
+            record.get("test_settings") != thawed(job.test)
+            or record["to_teacher"].keys() != set(job.compared_with)
+        ):
+            return None
+        models = {name: self.model_record(name) for name in job.models}
+        known = {name: model["fingerprint"] for name, model in models.items() if model is not None}
+        return record if record["models"] == known else None
+
+    def _read_model(self, path: str, name: str) -> Record | None:
+        record = self.records.read(path)
+        if record is None or record["test_settings"] != self.protocol.test:
+            return None
+        return record if _of_today(record["config"]) == decisive(self._model_config(name)) else None
 
     def run(self) -> None:
         """Everything that is missing.
 
         Raises:
-            JobError: a run failed; those at work beside it were finished.
-            ValueError: models trained anew are others than those of the records.
+            JobError: a run failed, and with it those at work beside it.
+            ValueError: a model that was trained anew is another one than that of the records.
         """
-        self._all(STAGES[0], list(Models.model_fields), self._train_model)
-        stages = (
-            self.plan.first_trials,
-            self.plan.later_trials,
-            self.plan.all_finals,
-            self.plan.all_ablations,
-        )
-        for name, jobs in zip(STAGES[1:], stages, strict=True):
+        plan = self.plan
+        self._all("teachers", TEACHERS, self._train_model)
+        self._all("student", ["student"], self._train_model)
+        stages = {
+            "trials": plan.all_trials,
+            "reported runs": plan.all_finals,
+            "ablations": plan.all_ablations,
+        }
+        for name, jobs in stages.items():
             self._all(name, [job for job in jobs() if self.record(job) is None], self._run_job)
 
-    def _all(self, stage: str, work: Sequence[object], do: Callable[..., float]) -> None:
+    def _all(self, stage: str, work: Sequence[object], do: Callable[[Any, int | None], float]) -> None:
         start, done, lock = time.monotonic(), 0, threading.Lock()
 
         def one(item: object) -> None:
@@ -83,10 +110,7 @@ class Lab:
                 done += 1
                 left = (time.monotonic() - start) / done * (len(work) - done) / 60
                 name = item.name if isinstance(item, Job) else item
-                self._say(
-                    f"{stage}: {done} of {len(work)}, {left:.0f} min left in this stage: "
-                    f"{name} took {seconds:.0f} s"
-                )
+                self._say(f"{stage}: {done} of {len(work)}, {left:.0f} min left: {name} took {seconds:.0f} s")
 
         with concurrent.futures.ThreadPoolExecutor(self._num_jobs) as pool:
             futures = [pool.submit(one, item) for item in work]
@@ -94,48 +118,68 @@ class Lab:
                 for future in concurrent.futures.as_completed(futures):
                     future.result()
             except BaseException:
+                self._processes.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
 
     def _run_job(self, job: Job, core: int | None) -> float:
-        run_dir, seconds = carry_out(job, self.models, self.runs, core)
-        self.records.write(f"runs/{job.name}", make_record(job, self._digest(job), run_dir, seconds))
-        shutil.rmtree(run_dir)
-        run_dir.with_name(f"{run_dir.name}.txt").unlink(missing_ok=True)
+        models = {name: self._fingerprint(name) for name in job.models}
+        run_dir, seconds = carry_out(job, self.models, self.runs, self._processes, core)
+        record = make_record(job, models, run_dir, seconds)
+        if _of_today(record["config"]) != decisive(job.config()):
+            raise ValueError(f"{job.name}: configs/lab was changed while it ran; run the lab again")
+        self.records.write(f"runs/{job.name}", record)
+        _remove(run_dir)
         return seconds
 
+    def _fingerprint(self, name: str) -> str:
+        record = self.model_record(name)
+        if record is None:
+            raise LookupError(f"the model {name} is not there, or its settings were changed meanwhile")
+        return str(record["fingerprint"])
+
+    def _model_config(self, name: str) -> Config:
+        return load_config(
+            CONFIGS / getattr(self.protocol.models, name), [f"seed={self.protocol.model_seed}"]
+        )
+
     def _train_model(self, name: str, core: int | None) -> float:
-        """Trains a model if it is not there; its record must not change while runs build on it."""
-        start, run_dir = time.monotonic(), self.models[name]
-        of_settings = model_digest(name, self.protocol)
-        mark = run_dir / "lab.json"
-        if mark.exists() and json.loads(mark.read_text()) == of_settings:
+        """Trains a model if it is not there; it must not become another one while runs build on it."""
+        start, run_dir, before = time.monotonic(), self.models[name], self.model_record(name)
+        mark = run_dir / "fingerprint.txt"
+        if before is not None and mark.exists() and mark.read_text() == before["fingerprint"]:
             return 0.0
-        if run_dir.exists():
-            shutil.rmtree(run_dir)
+        _remove(run_dir)
         config = str(CONFIGS / getattr(self.protocol.models, name))
         options = [f"seed={self.protocol.model_seed}", f"log.dir={run_dir}"]
-        run_main(["--config", config, *options], run_dir, core)
-        test = [f"{key}={json.dumps(value)}" for key, value in self.protocol.test.items()]
-        out = run_dir / "test"
-        options = [*test, "eval.agreement=false", f"out={out}"]
-        run_main(["eval", "--config", str(run_dir), *options], run_dir, core)
-        record = make_model_record(of_settings, run_dir, out)
-        before = self.model_record(name)
-        if before is not None and before != record:
+        self._processes.run(["--config", config, *options], run_dir, core)
+        beside: tuple[Teacher, ...] = TEACHERS if name == "student" else ()
+        test = frozen(self.protocol.test)
+        test_all(run_dir, test, {teacher: self.models[teacher] for teacher in beside}, self._processes, core)
+        record = make_model_record(run_dir, self.protocol.test, beside)
+        if before is not None and before["fingerprint"] != record["fingerprint"]:
             raise ValueError(
                 f"{name} was trained anew and is another model than the one that the records in "
                 f"{self.records.out} build on (another machine, another version?); to run all of them again, "
                 "remove that folder"
             )
         self.records.write(f"models/{name}", record)
-        mark.write_text(json.dumps(of_settings))
+        mark.write_text(record["fingerprint"])
         return time.monotonic() - start
 
 
+def _of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """A record's settings, with the defaults of those that there were none of then."""
+    return decisive(Config.model_validate(config))
+
+
+def _remove(run_dir: Path) -> None:
+    """With the output beside it."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.with_name(f"{run_dir.name}.txt").unlink(missing_ok=True)
+
+
 def _cores(num_jobs: int) -> list[int | None]:
-    """A core for each job, or none where there are too few, or one job has all."""
-    if num_jobs == 1 or not hasattr(os, "sched_getaffinity"):
-        return [None] * num_jobs
-    cores = sorted(os.sched_getaffinity(0))
-    return [*cores[:num_jobs]] if len(cores) >= num_jobs else [None] * num_jobs
+    """A core for each job; None where a job has all, or the system cannot tell them apart."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [*cores[:num_jobs]] if 1 < num_jobs <= len(cores) else [None] * num_jobs

@@ -1,105 +1,137 @@
 """Tables, resolved configs and pictures from the records; the marked places of README.md and docs/lab.md."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from benchmarks.lab import pictures, tables
 from benchmarks.lab.jobs import Job
-from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models
+from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models, Teacher
 from benchmarks.lab.records import Record
 from benchmarks.lab.runner import Lab
-from kdrl_jax.config import load_config, save_config
+from kdrl_jax.config import Config, save_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = CONFIGS.parents[1]
+RESULTS = ROOT / "results" / "lab"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "lab.md")
 
 
-def write_summary(lab: Lab) -> list[Path]:
-    """Everything that the records are enough for.
+def write_summary(lab: Lab) -> tuple[list[Path], list[str]]:
+    """Everything that the records are enough for. Documents are filled from `results/lab` alone.
 
     Returns:
-        What was written.
-
-    Raises:
-        LookupError: the reported runs are not whole.
+        What was written, and what is missing of the rest.
     """
     out = lab.records.out
-    found = blocks(lab)
+    found, missing = blocks(lab)
     written = [out / "tables.md"]
-    written[0].write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in found.items()) + "\n")
-    written += _write_configs(lab)
-    written += pictures.draw(lab, out)
-    for path in DOCUMENTS:
-        if path.exists():
-            path.write_text(fill(path.read_text(), found))
-            written.append(path)
-    return written
+    out.mkdir(parents=True, exist_ok=True)
+    written[0].write_text(as_page(found))
+    for draw in (_write_configs, pictures.curves, pictures.results, pictures.training, pictures.coefficients):
+        try:
+            written += draw(lab)
+        except LookupError as error:
+            missing.append(str(error))
+    for path in DOCUMENTS if out.resolve() == RESULTS else ():
+        path.write_text(fill(path.read_text(), found))
+        written.append(path)
+    return written, missing
 
 
-def blocks(lab: Lab) -> dict[str, str]:
-    """Name -> table, in Markdown."""
-    new_kinds, plan = lab.protocol.new_kinds, lab.plan
-    models = {name: _known(lab.model_record(name), name) for name in Models.model_fields}
-    found = {"models": tables.models_table(models, new_kinds)}
+def as_page(found: Mapping[str, str]) -> str:
+    """results/lab/tables.md."""
+    return "\n\n".join(f"## {name}\n\n{text}" for name, text in found.items()) + "\n"
+
+
+def blocks(lab: Lab) -> tuple[dict[str, str], list[str]]:
+    """Name -> table, in Markdown, and why others are missing."""
+    found: dict[str, str] = {}
+    missing: list[str] = []
+    for name, table in _makers(lab).items():
+        try:
+            found[name] = table()
+        except LookupError as error:
+            missing.append(f"{name}: {error}")
+    return found, missing
+
+
+def _makers(lab: Lab) -> dict[str, Callable[[], str]]:
+    new_kinds = lab.protocol.new_kinds
+
+    def models() -> dict[str, Record]:
+        return {name: known_model(lab, name) for name in Models.model_fields}
+
+    makers: dict[str, Callable[[], str]] = {
+        "models": lambda: tables.models_table(models(), new_kinds),
+        "summary": lambda: tables.summary_table({t: finals(lab, t) for t in TEACHERS}, models(), new_kinds),
+    }
     for teacher in TEACHERS:
-        runs = records_of(plan.finals(teacher), lab.record)
-        found |= {
-            f"methods, {teacher} teacher": tables.methods_table(runs, new_kinds, teacher),
-            f"differences, {teacher} teacher": tables.differences_table(runs, new_kinds),
-            f"speed, {teacher} teacher": tables.speed_table(runs),
-        }
-    for teacher in TEACHERS:
-        trials = {
-            method: plan.trials(method, teacher if part.has_teacher else None)
-            for method, part in lab.protocol.methods.items()
-        }
-        found[f"trials, {teacher} teacher"] = tables.trials_table(records_of(trials, lab.record))
+        makers |= _beside(lab, teacher)
     for name, part in lab.protocol.ablations.items():
         for teacher in part.teachers:
-            variants = records_of(plan.ablation(name, teacher), lab.record)
-            found[f"{name}, {teacher} teacher"] = tables.ablation_table(variants, new_kinds, teacher)
-    return found
+            makers[f"{name}, {teacher} teacher"] = functools.partial(_ablation, lab, name, teacher)
+    return makers | {"made with": lambda: tables.made_with_table(map(lab.plan.known, all_jobs(lab)))}
 
 
-def records_of(
-    jobs: Mapping[str, list[Job]], read: Callable[[Job], Record | None]
-) -> dict[str, list[Record]]:
+def _beside(lab: Lab, teacher: Teacher) -> dict[str, Callable[[], str]]:
+    new_kinds, methods = lab.protocol.new_kinds, lab.protocol.methods
+    return {
+        f"methods, {teacher} teacher": lambda: tables.methods_table(finals(lab, teacher), new_kinds, teacher),
+        f"differences, {teacher} teacher": lambda: tables.differences_table(finals(lab, teacher), new_kinds),
+        f"speed, {teacher} teacher": lambda: tables.speed_table(finals(lab, teacher)),
+        f"trials, {teacher} teacher": lambda: tables.trials_table(
+            records_of(lab, {method: lab.plan.trials(method, teacher) for method in methods})
+        ),
+    }
+
+
+def _ablation(lab: Lab, name: str, teacher: Teacher) -> str:
+    variants = records_of(lab, lab.plan.ablation(name, teacher))
+    return tables.ablation_table(variants, lab.protocol.new_kinds, teacher)
+
+
+def finals(lab: Lab, teacher: Teacher) -> dict[str, list[Record]]:
+    """Method -> its reported records beside a teacher, by seed. Raises LookupError: one is missing."""
+    return records_of(lab, lab.plan.finals(teacher))
+
+
+def all_jobs(lab: Lab) -> list[Job]:
+    """Every run of the lab. Raises LookupError: trials are missing."""
+    return list(dict.fromkeys([*lab.plan.all_trials(), *lab.plan.all_finals(), *lab.plan.all_ablations()]))
+
+
+def records_of(lab: Lab, jobs: Mapping[str, list[Job]]) -> dict[str, list[Record]]:
     """Raises LookupError: one has not run."""
-    return {name: [_known(read(job), job.name) for job in each] for name, each in jobs.items()}
+    return {name: [lab.plan.known(job) for job in each] for name, each in jobs.items()}
+
+
+def known_model(lab: Lab, name: str) -> Record:
+    """Raises LookupError: it has not been trained."""
+    record = lab.model_record(name)
+    if record is None:
+        raise LookupError(f"the model {name} has not been trained")
+    return record
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:
-    """A document with the tables put between `<!-- lab: NAME -->` and `<!-- end -->`.
-
-    Raises:
-        LookupError: it asks for a table that there is none of.
-    """
+    """A document with the tables put between `<!-- lab: NAME -->` and `<!-- end -->`; those that are missing
+    leave their places empty."""
 
     def table(match: re.Match[str]) -> str:
-        if match[1] not in found:
-            raise LookupError(f"no table {match[1]!r} in the lab; there are {', '.join(found)}")
-        return f"<!-- lab: {match[1]} -->\n{found[match[1]]}\n<!-- end -->"
+        content = f"{found[match[1]]}\n" if match[1] in found else ""
+        return f"<!-- lab: {match[1]} -->\n{content}<!-- end -->"
 
     return re.sub(r"<!-- lab: ([^>]*?) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-def _known(record: Record | None, name: str) -> Record:
-    if record is None:
-        raise LookupError(f"{name} has not run; python -m benchmarks.lab runs what is missing")
-    return record
-
-
 def _write_configs(lab: Lab) -> list[Path]:
-    """The resolved config of each method with what was chosen for it, as its first seed had it."""
+    """The resolved config of each method with what was chosen for it, as its first seed was run."""
     written = []
-    names = {name: Path(name) for name in Models.model_fields}
     for teacher in TEACHERS:
         for method, jobs in lab.plan.finals(teacher).items():
-            job = jobs[0]
-            folder = lab.records.out / "configs" / (job.teacher or "no_teacher") / method
+            folder = lab.records.out / "configs" / (jobs[0].teacher or "no_teacher") / method
             folder.mkdir(parents=True, exist_ok=True)
-            config = load_config(CONFIGS / f"{method}.yaml", job.overrides(names))
-            save_config(config, folder)
+            save_config(Config.model_validate(lab.plan.known(jobs[0])["config"]), folder)
             written.append(folder / "config.yaml")
     return list(dict.fromkeys(written))

@@ -229,7 +229,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes_meaning(old: dict[Any, Any], new: dict[Any, Any]) -> bool:
-    if any(isinstance(key, int) for key in new):
+    if any(str(key).isdigit() for key in new):  # JSON has no other keys than text
         return True
     if "kind" in new and new["kind"] != old.get("kind"):
         return True
