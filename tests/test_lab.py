@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from benchmarks.lab.jobs import ROLES, Job, decisive, frozen, thawed, words
 from benchmarks.lab.measures import measures, reached
 from benchmarks.lab.pictures import COLOURS
 from benchmarks.lab.plan import Plan, running_scores, score
-from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models, Protocol, read_protocol
+from benchmarks.lab.processes import JobError
+from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models, Protocol, Teacher, read_protocol
 from benchmarks.lab.runner import Lab
 from benchmarks.lab.statistics import difference_of, mean_of
 from benchmarks.lab.tables import (
@@ -28,14 +30,12 @@ from benchmarks.lab.tables import (
     summary_table,
     trials_table,
 )
-from kdrl_jax.config import load_config
+from kdrl_jax.config import Config, load_config, load_run_config
 from kdrl_jax.config.data import TaskSourceConfig
-from kdrl_jax.config.load import parse_yaml
 from kdrl_jax.config.schedules import Piecewise
 from kdrl_jax.data.tasks import task_row
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results" / "lab"
+RESULTS = summary.RESULTS
 PROTOCOL = read_protocol()
 MODELS = tuple(Models.model_fields)
 
@@ -368,7 +368,10 @@ class TestTables:
         assert summary.fill(empty, {"models": "| new |"}) == filled
 
 
-@pytest.mark.skipif(not RESULTS.is_dir(), reason="results/lab is not there")
+WHOLE = (RESULTS / "tables.md").exists() and "## made with" in (RESULTS / "tables.md").read_text()
+
+
+@pytest.mark.skipif(not WHOLE, reason="results/lab is not whole")
 class TestResults:
     """What is told of the lab, from its records."""
 
@@ -376,21 +379,30 @@ class TestResults:
     def lab(self) -> Lab:
         return Lab(PROTOCOL, Path("nowhere"), RESULTS, 1, print)
 
-    def test_every_table_follows_from_the_records(self, lab: Lab) -> None:
-        found = summary.blocks(lab)
-        for path in (*summary.DOCUMENTS, RESULTS / "tables.md"):
+    @pytest.fixture(scope="class")
+    def blocks(self, lab: Lab) -> dict[str, str]:
+        found, missing = summary.blocks(lab)
+        assert not missing
+        return found
+
+    def test_every_table_follows_from_the_records(self, blocks: dict[str, str]) -> None:
+        assert (RESULTS / "tables.md").read_text() == summary.as_page(blocks)
+        for path in summary.DOCUMENTS:
             text = path.read_text()
-            assert summary.fill(text, found) == text, f"{path}: run python -m benchmarks.lab --summarise"
-        for name, table in found.items():
-            assert f"## {name}\n\n{table}\n" in (RESULTS / "tables.md").read_text()
-        assert "<!-- lab: " in (ROOT / "README.md").read_text()
+            assert summary.fill(text, blocks) == text, f"{path}: run python -m benchmarks.lab --summarise"
+
+    def test_documents_show_them(self, blocks: dict[str, str]) -> None:
+        readme, page = (path.read_text() for path in summary.DOCUMENTS)
+        assert f"<!-- lab: summary -->\n{blocks['summary']}\n" in readme
+        for name, table in blocks.items():
+            assert name == "summary" or f"<!-- lab: {name} -->\n{table}\n<!-- end -->" in page, name
+
+    def test_no_record_is_left_over(self, lab: Lab) -> None:
+        known = {lab.records.path(f"runs/{job.name}") for job in summary.all_jobs(lab)}
+        assert set((RESULTS / "runs").rglob("*.json")) == known
 
     def test_models_lie_in_their_ranges(self, lab: Lab) -> None:
-        found = {}
-        for name in ("student", "strong", "imperfect"):
-            record = lab.model_record(name)
-            assert record is not None
-            found[name] = measures(record, PROTOCOL.new_kinds)
+        found = {name: measures(summary.known_model(lab, name), PROTOCOL.new_kinds) for name in MODELS}
         for key in ("avg@8", "greedy"):
             assert found["strong"][key] >= 95
             assert 70 <= found["imperfect"][key] <= 85
@@ -399,69 +411,51 @@ class TestResults:
     @pytest.mark.parametrize("teacher", TEACHERS)
     @pytest.mark.parametrize("method", ["grpo", "kd_rkl"])
     def test_reward_and_teacher_each_improve_on_the_student(
-        self, lab: Lab, method: str, teacher: str
+        self, lab: Lab, method: str, teacher: Teacher
     ) -> None:
-        student = lab.model_record("student")
-        assert student is not None
-        before = measures(student, PROTOCOL.new_kinds)["avg@8"]
-        for job in lab.plan.finals(teacher)[method]:
-            record = lab.record(job)
-            assert record is not None
+        before = measures(summary.known_model(lab, "student"), PROTOCOL.new_kinds)["avg@8"]
+        for record in summary.finals(lab, teacher)[method]:
             assert measures(record, PROTOCOL.new_kinds)["avg@8"] > before
 
-    def test_configs_are_those_that_were_run(self, lab: Lab) -> None:
+    def test_configs_are_those_of_the_records(self, lab: Lab) -> None:
         for teacher in TEACHERS:
             for method, jobs in lab.plan.finals(teacher).items():
-                path = RESULTS / "configs" / (jobs[0].teacher or "no_teacher") / method / "config.yaml"
-                names = {name: Path(name) for name in MODELS}
-                config = load_config(CONFIGS / f"{method}.yaml", jobs[0].overrides(names))
-                assert parse_yaml(path.read_text(), str(path), is_file=True) == config.model_dump(mode="json")
+                folder = RESULTS / "configs" / (jobs[0].teacher or "no_teacher") / method
+                saved = decisive(load_run_config(folder))
+                assert saved == decisive(Config.model_validate(lab.plan.known(jobs[0])["config"]))
 
 
-@pytest.mark.slow
-def test_a_small_lab_runs_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages with real runs; what has a record is not run again; another setting is."""
-    monkeypatch.setenv("XLA_FLAGS", "")  # runs of one device
-    configs = tmp_path / "configs" / "lab"
-    configs.mkdir(parents=True)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "num_key_value_heads": 1}  # fmt: skip
-    task = {"kind": "task", "task": "chain_sum", "min_terms": 3, "max_terms": 3, "minuses": [0, 1]}
-    base = {
-        "tokenizer": {"kind": "char"},
-        "data": {"train": [task], "eval": [task | {"split": "validation"}], "max_prompt_tokens": 8},
-        "rollout": {"max_new_tokens": 8, "decode_chunk": 8, "group_size": 4},
-        "reward": {"num_workers": 1},
-        "optimizer": {"learning_rate": {"kind": "constant", "value": 1e-3}},
-        "train": {"num_steps": 2, "prompts_per_iteration": 4, "diagnostics_every": 0},
-        "eval": {"every": 1, "num_prompts": 4, "num_samples": 4},
-        "checkpoint": {"every": 0},
-    }
-    sft = {"student": {"architecture": shape}, "sft": {"coef": 1}, "rl": {"coef": 0}}
-    sft["rollout"] = base["rollout"] | {"source": "dataset", "group_size": 1}  # type: ignore[operator]
-    with_teacher = {"student": {"run": "student.yaml"}, "teacher": {"run": "strong.yaml"}}
-    trees = {
-        **{name: base | sft | {"name": name} for name in MODELS},
-        "grpo": base | {"name": "grpo", "student": {"run": "student.yaml"}},
-        "kd_rkl": base | with_teacher | {"name": "kd_rkl", "rl": {"coef": 0}, "kd": {"coef": 1}},
-        "kdrl": base | with_teacher | {"name": "kdrl", "kd": {"coef": 1}},
-    }
-    for name, tree in trees.items():
-        (configs / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    for module in ("jobs", "runner", "summary", "protocol"):
-        monkeypatch.setattr(f"benchmarks.lab.{module}.CONFIGS", configs)
-    monkeypatch.setattr("benchmarks.lab.summary.DOCUMENTS", ())
+SHAPE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+TASK = {"kind": "task", "task": "chain_sum", "min_terms": 3, "max_terms": 3, "minuses": [0, 1]}
+SMALL: dict[str, Any] = {
+    "tokenizer": {"kind": "char"},
+    "data": {"train": [TASK], "eval": [TASK | {"split": "validation"}], "max_prompt_tokens": 8},
+    "rollout": {"max_new_tokens": 8, "decode_chunk": 8, "group_size": 4},
+    "reward": {"num_workers": 1},
+    "optimizer": {"learning_rate": {"kind": "constant", "value": 1e-3}},
+    "train": {"num_steps": 2, "prompts_per_iteration": 4, "diagnostics_every": 0},
+    "eval": {"every": 1, "num_prompts": 4, "num_samples": 4},
+    "checkpoint": {"every": 0},
+}
+BOTH: dict[str, Any] = {"student": {"run": "student.yaml"}, "teacher": {"run": "strong.yaml"}}
+
+
+def small_protocol() -> Protocol:
+    """Three methods, one seed, one ablation."""
     two = [{"optimizer.learning_rate.value": 1e-3}, {"optimizer.learning_rate.value": 2e-3}]
     kinds = [
-        task | {"split": "test", "label": "old"},
-        task | {"split": "test", "label": "new", "minuses": [2, 2]},
+        TASK | {"split": "test", "label": "old"},
+        TASK | {"split": "test", "label": "new", "min_terms": 4, "max_terms": 4, "minuses": [2, 2]},
     ]
-    protocol = changed(
+    return changed(
         seeds={"strong": [1], "imperfect": [1]},
         methods={
             "grpo": {"has_teacher": False, "grid": two},
             "kd_rkl": {"grid": two},
-            "kdrl": {"at_best_of": "grpo", "grid": [{"kd.coef": 0.5}, {"kd.coef": 1.0}]},
+            "kdrl": {"grid": [{"kd.coef": 0.5}, {"kd.coef": 1.0}]},
         },
         ablation_seeds=[1],
         ablations={
@@ -472,28 +466,99 @@ def test_a_small_lab_runs_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.
             }
         },
         new_kinds=["new"],
-        test={"data.eval": kinds, "eval.num_prompts": 4, "eval.num_samples": 8, "eval.agreement": True},
+        test={"data.eval": kinds, "eval.num_prompts": 8, "eval.num_samples": 8, "eval.agreement": True},
     )
-    said: list[str] = []
-    lab = Lab(protocol, tmp_path / "runs", tmp_path / "out", 2, said.append)
-    monkeypatch.setattr(Plan, "all_ablations", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        lab.run()
-    done = len(said)
-    monkeypatch.undo()
-    monkeypatch.setenv("XLA_FLAGS", "")
-    for module in ("jobs", "runner", "summary", "protocol"):
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with configs/lab of tiny runs, in the place of the real ones."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # runs of one device
+    configs = tmp_path / "configs" / "lab"
+    configs.mkdir(parents=True)
+    sft = {"student": {"architecture": SHAPE}, "sft": {"coef": 1}, "rl": {"coef": 0}}
+    sft["rollout"] = SMALL["rollout"] | {"source": "dataset", "group_size": 1}
+    trees = {
+        **{name: SMALL | sft | {"name": name} for name in MODELS},
+        "grpo": SMALL | {"name": "grpo", "student": BOTH["student"]},
+        "kd_rkl": SMALL | BOTH | {"name": "kd_rkl", "rl": {"coef": 0}, "kd": {"coef": 1}},
+        "kdrl": SMALL | BOTH | {"name": "kdrl", "kd": {"coef": 1}},
+    }
+    for name, tree in trees.items():
+        (configs / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    for module in ("jobs", "runner", "protocol"):
         monkeypatch.setattr(f"benchmarks.lab.{module}.CONFIGS", configs)
-    monkeypatch.setattr("benchmarks.lab.summary.DOCUMENTS", ())
-    lab.run()
-    # Models 3 (looked at each time), rates 2 + 2 * 2, coefficients 2 * 2, reported 1 + 2 + 2, ablation 2 * 2.
-    assert (done, len(said)) == (3 + 6 + 4 + 5, 18 + 3 + 4)
-    lab.run()
-    assert len(said) == 25 + 3
-    written = summary.write_summary(lab)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_small_lab_runs_stops_and_goes_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages with real runs. What has a record is not run again; what has another setting is; a lab that
+    is ended in the middle of runs leaves none of them running."""
+    said: list[str] = []
+
+    def lab(protocol: Protocol) -> Lab:
+        return Lab(protocol, small / "runs", small / "out", 2, said.append)
+
+    first = lab(small_protocol())
+    models, trials = 3, 2 + 2 * 2 + 2 * 2
+    original = first._run_job
+
+    def until_two_trials_are_done(job: Job, core: int | None) -> float:
+        if sum(line.startswith("trials") for line in said) >= 2:
+            raise KeyboardInterrupt
+        return original(job, core)
+
+    monkeypatch.setattr(first, "_run_job", until_two_trials_are_done)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert not first._processes._at_work
+    assert models + 2 <= len(said) <= models + 3
+    records = len(list((small / "out" / "runs").rglob("*.json")))
+    assert records == len(said) - models
+
+    said.clear()
+    second = lab(small_protocol())
+    second.run()
+    reported, ablations = 1 + 2 + 2, 2 * 2
+    assert len(said) == models + trials - records + reported + ablations
+    written, missing = summary.write_summary(second)
     assert all(path.exists() for path in written)
+    assert not missing
     assert {path.suffix for path in written} == {".md", ".png", ".yaml"}
-    assert len(list((tmp_path / "out" / "runs").rglob("seed_*.json"))) == 6 + 4 + 5 + 4
-    assert [path.name for path in (tmp_path / "runs").iterdir() if any(path.rglob("metrics.jsonl"))] == [
-        "models"
-    ]
+    kept = {path.relative_to(small / "runs").parts[0] for path in (small / "runs").rglob("metrics.jsonl")}
+    assert kept == {"models"}
+
+    # Models that are gone are trained again, to the same bits; a seed more is all that runs beside.
+    said.clear()
+    shutil.rmtree(small / "runs")
+    more = small_protocol().model_dump() | {"seeds": {"strong": [1, 2], "imperfect": [1]}}
+    third = lab(Protocol.model_validate(more))
+    third.run()
+    assert len(said) == models + 3
+    config = small / "configs" / "lab" / "kd_rkl.yaml"
+    config.write_text(config.read_text().replace("num_steps: 2", "num_steps: 3"))
+    _, missing = summary.write_summary(lab(small_protocol()))
+    assert any("strong/kd_rkl" in line for line in missing)
+
+
+@pytest.mark.slow
+def test_a_model_that_comes_out_otherwise_is_refused(small: Path) -> None:
+    lab = Lab(small_protocol(), small / "runs", small / "out", 2, print)
+    lab._train_model("strong", None)
+    record = lab.model_record("strong")
+    assert record is not None
+    lab.records.write("models/strong", record | {"fingerprint": "another"})
+    shutil.rmtree(small / "runs")
+    with pytest.raises(ValueError, match="strong was trained anew and is another model"):
+        lab._train_model("strong", None)
+
+
+def test_a_run_that_fails_says_where_to_look(small: Path) -> None:
+    lab = Lab(small_protocol(), small / "runs", small / "out", 1, print)
+    (small / "configs" / "lab" / "strong.yaml").write_text("name: strong\nstudent: {path: nowhere.gguf}\n")
+    with pytest.raises(JobError, match=r"models/strong: ended with status 2: error: .*strong\.txt\)"):
+        lab._processes.run(["--config", str(small / "configs/lab/strong.yaml")], lab.models["strong"], None)
+    lab._processes.stop()
+    with pytest.raises(JobError, match="not begun"):
+        lab._processes.run([], lab.models["strong"], None)
