@@ -129,6 +129,7 @@ class TestJobs:
         plan = Plan(PROTOCOL, scored)
         jobs = {*plan.all_trials(), *plan.all_finals(), *plan.all_ablations()}
         assert len({job.name for job in jobs}) == len(jobs)
+        assert not any(set(job.name) & set('<>:"|?*\\') for job in jobs)  # nowhere a file's name
         configs = set()
         for job in jobs:
             config = job.config()

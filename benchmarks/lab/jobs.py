@@ -92,7 +92,7 @@ def _short(key: str) -> str:
 def _brief(value: Any) -> str:
     """A value in a file's name."""
     if isinstance(value, dict):
-        return "-".join(str(v) if k == "kind" else f"{k}:{_brief(v)}" for k, v in value.items())
+        return "-".join(str(v) if k == "kind" else f"{k}_{_brief(v)}" for k, v in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
