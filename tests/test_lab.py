@@ -118,7 +118,7 @@ def forms(source: Any) -> set[tuple[int, int]]:
 
 
 class TestJobs:
-    JOB = Job("kdrl", "strong", 3, frozen({"optimizer.learning_rate.value": 5e-4, "kd.coef": 0.3}))
+    JOB = Job("kdrl", "strong", 3, frozen({"optimizer.learning_rate.start": 5e-4, "kd.coef": 0.3}))
 
     def test_name(self) -> None:
         assert self.JOB.name == "strong/kdrl/kd.coef=0.3,rate=0.0005/seed_3"
@@ -219,7 +219,7 @@ def record_of(job: Job, accuracy: float) -> dict[str, Any]:
 def scored(job: Job) -> dict[str, Any]:
     """GRPO is best at 5e-4, all others at 1e-3, and with a coefficient of 0.5."""
     settings = thawed(job.settings)
-    rate = settings["optimizer.learning_rate.value"]
+    rate = settings["optimizer.learning_rate.start"]
     best = 5e-4 if job.method == "grpo" else 1e-3
     accuracy = 0.5 - 0.1 * abs(np.log(rate / best))
     return record_of(job, accuracy + (0.05 if settings.get("kd.coef") == 0.5 else 0))
@@ -228,10 +228,10 @@ def scored(job: Job) -> dict[str, Any]:
 class TestPlan:
     def test_the_best_trial_is_chosen(self) -> None:
         plan = Plan(PROTOCOL, scored)
-        assert thawed(plan.chosen("grpo", "strong")) == {"optimizer.learning_rate.value": 5e-4}
-        assert thawed(plan.chosen("kd_rkl", "strong")) == {"optimizer.learning_rate.value": 1e-3}
+        assert thawed(plan.chosen("grpo", "strong")) == {"optimizer.learning_rate.start": 5e-4}
+        assert thawed(plan.chosen("kd_rkl", "strong")) == {"optimizer.learning_rate.start": 1e-3}
         chosen = thawed(plan.chosen("kdrl", "strong"))
-        assert chosen == {"kd.coef": 0.5, "optimizer.learning_rate.value": 5e-4}
+        assert chosen == {"kd.coef": 0.5, "optimizer.learning_rate.start": 1e-3}
 
     def test_a_missing_trial_stops(self) -> None:
         with pytest.raises(LookupError, match="has not run"):
