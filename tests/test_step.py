@@ -308,6 +308,20 @@ def test_what_counts_nowhere_may_overflow(sections):
     close(found, gradient(c, batch)[0])
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3_forward", "full"])
+def test_a_bound_on_the_anchor_is_one_on_kd_only_where_kd_has_one(estimator):
+    kd = {"estimator": estimator}
+    anchored = {"anchor_share": 0.5}
+    bounded = config(rl=anchored, kd=kd | {"max_abs_logratio": 0.5})
+    _, metrics = gradient(bounded, make_batch(bounded))
+    assert 0 < metrics["rl/anchor_clip_frac"] < 1
+    assert ("kd/clip_frac" in metrics) == (estimator == "k2")
+    free = config(rl=anchored, kd=kd)
+    _, without = gradient(free, make_batch(free))
+    same = float(metrics["kd/loss"]) == pytest.approx(float(without["kd/loss"]), rel=1e-6)
+    assert same == (estimator != "k2")
+
+
 def test_soft_weights_leave_the_denominator_alone():
     """Failure rates and the teacher's entropy scale tokens; the rest keep what they weighed."""
     c = config(kd={"group_weight": "failure_rate", "teacher_entropy_scale": 2.0})

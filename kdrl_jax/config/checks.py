@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
-from kdrl_jax.config.estimators import SAMPLED
+from kdrl_jax.config.estimators import BOUNDED, SAMPLED
 from kdrl_jax.config.schedules import Schedule, bounds, is_zero
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_contradictions(c: "Config") -> None:
 
 def _check_models(c: "Config") -> None:
     if c.student.weights != "float":
-        raise ValueError(f"student.weights={c.student.weights} cannot be trained; only a teacher may be int8")
+        raise ValueError(f"student.weights={c.student.weights} cannot be trained; a teacher or reference may be int8")
     frozen = c.all_teachers | ({"reference": c.reference} if c.reference else {})
     for role, model in frozen.items():
         if model.lora is not None:
@@ -73,11 +73,7 @@ def _check_unread(c: "Config") -> None:
     """Settings that are given, but that nothing in this config reads."""
     kd, rl = not is_zero(c.kd.coef), not is_zero(c.rl.coef)
     e = c.kd.estimator
-    if (
-        c.kd.max_abs_logratio is not None
-        and e not in ("k1", "k2", "score_function")
-        and c.rl.anchor_share == 1
-    ):
+    if c.kd.max_abs_logratio is not None and e not in BOUNDED and c.rl.anchor_share == 1:
         raise ValueError(
             f"kd.max_abs_logratio={c.kd.max_abs_logratio} bounds k1, k2 and score_function only (and "
             f"rl.anchor_share); kd.estimator is {e}"

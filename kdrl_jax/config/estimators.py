@@ -16,6 +16,9 @@ PLACEMENTS: tuple[str, ...] = typing.get_args(Placement)
 SAMPLED = ("k1", "k2", "k3_forward", "score_function")
 """Estimators that look at the sampled token alone; the others see the whole vocabulary."""
 
+BOUNDED = ("k1", "k2", "score_function")
+"""Those of them whose d kd.max_abs_logratio bounds."""
+
 ALLOWED: dict[tuple[str, str], str] = {
     ("k1", "reward"): "reverse_kl",
     ("k2", "loss"): "reverse_kl",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kdrl_jax.config import Config
+from kdrl_jax.config.estimators import BOUNDED
 from kdrl_jax.config.schedules import Schedule, is_zero
 from kdrl_jax.objective import kl, policy
 from kdrl_jax.objective.divergence import Divergence
@@ -228,6 +229,11 @@ class Terms:
         kd = self.config.kd
         return None if kd.max_abs_logratio is None else kl.Bound(kd.max_abs_logratio, kd.bound)
 
+    @property
+    def _kd_bound(self) -> kl.Bound | None:
+        """Of the distillation term: an anchor may have one beside an estimator that has none."""
+        return self._bound if self.config.kd.estimator in BOUNDED else None
+
     def _target(self, x: TokenInputs) -> jax.Array:
         """Log-probability of the sampled token that the student is pulled to."""
         assert x.teacher is not None
@@ -237,7 +243,7 @@ class Terms:
         return kl.extrapolate(x.teacher, x.ref, self.config.kd.extrapolation)
 
     def _kd_reward(self, scores: TokenScores, x: TokenInputs) -> jax.Array:
-        return kl.k1_reward(scores.logprobs, self._target(x), self._bound)
+        return kl.k1_reward(scores.logprobs, self._target(x), self._kd_bound)
 
     def _sampled(
         self,
@@ -260,7 +266,7 @@ class Terms:
         if scores.divergence is not None:
             return x.kd_weights * scores.divergence
         estimator, target = self.config.kd.estimator, self._target(x)
-        return x.kd_weights * self._sampled(estimator, scores, x, target, x.kd_weights, self._bound)
+        return x.kd_weights * self._sampled(estimator, scores, x, target, x.kd_weights, self._kd_bound)
 
     def _measure(self, scores: TokenScores, x: TokenInputs) -> Metrics:
         """Sums that become means over the completion tokens, before masks; see `mean_of`."""
@@ -294,12 +300,10 @@ class Terms:
     def _bounds(self, scores: TokenScores, x: TokenInputs) -> Metrics:
         """Where the bound on log-ratios acts, in each term that has one."""
         out: Metrics = {}
-        if self._bound is None:
-            return out
-        if "kd" in self.in_use:
-            acts = kl.bound_acts(scores.logprobs, self._target(x), self._bound)
+        if "kd" in self.in_use and self._kd_bound is not None:
+            acts = kl.bound_acts(scores.logprobs, self._target(x), self._kd_bound)
             out |= mean_of("kd/clip_frac", acts, x.kd_weights)
-        if self.config.rl.anchor_share < 1 and x.teacher is not None:
+        if self.config.rl.anchor_share < 1 and x.teacher is not None and self._bound is not None:
             acts = kl.bound_acts(self._old(scores, x), x.teacher, self._bound)
             out |= mean_of("rl/anchor_clip_frac", acts, x.rl_weights)
         return out
