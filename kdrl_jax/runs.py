@@ -40,8 +40,8 @@ def is_complete(config: Config) -> bool:
 
 def prerequisites(config: Config) -> dict[Role, Config]:
     """The runs that must be trained first, by the role of the model that comes from each. They take this
-    run's seed and live inside its directory, in `<run>/student`, `<run>/teacher`, `<run>/teachers/NAME` or
-    `<run>/reference`."""
+    run's seed and mesh, which is the machine's, and live inside its directory, in `<run>/student`,
+    `<run>/teacher`, `<run>/teachers/NAME` or `<run>/reference`."""
     found = {}
     for role, model in roles(config).items():
         if model.run is None or as_path(model.run).is_dir():
@@ -51,7 +51,7 @@ def prerequisites(config: Config) -> dict[Role, Config]:
         source = model.run if as_path(model.run).exists() else directory / "config.yaml"
         if not as_path(source).is_file():
             raise FileNotFoundError(f"{role}.run={model.run}: no such config file or run directory")
-        fixed = {"seed": config.seed, "log": {"dir": str(directory)}}
+        fixed = {"seed": config.seed, "mesh": config.mesh.model_dump(), "log": {"dir": str(directory)}}
         found[role] = load_config(source, fixed=fixed)
     return found
 

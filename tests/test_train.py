@@ -23,7 +23,7 @@ from kdrl_jax.metrics import Clock
 from kdrl_jax.profiling import Profiler
 from kdrl_jax.report import report
 from kdrl_jax.rollout.engine import Engine
-from kdrl_jax.runs import check_same_run, is_complete
+from kdrl_jax.runs import check_same_run, is_complete, prerequisites
 from kdrl_jax.train import train
 
 train_module = sys.modules["kdrl_jax.train"]
@@ -315,6 +315,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd):
         assert wanted in err
         assert "Traceback" not in err
         assert [f for f in written(tmp_path) if "__pycache__" not in f] == before, override
+
+
+def test_runs_that_are_trained_first_have_this_run_s_seed_and_mesh(tmp_path):
+    """A mesh is the machine's: on several slices `data` must be their number there, too."""
+    inner = config_file(tmp_path)
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(f"extends: {inner.name}\nteacher: {{run: {inner.name}}}\nkd: {{coef: 1}}\n")
+    config = load_config(outer, ["seed=5", "mesh.data=4", f"log.dir={tmp_path / 'run'}"])
+    (first,) = prerequisites(config).values()
+    assert (first.seed, first.mesh, first.run_dir) == (5, config.mesh, str(tmp_path / "run" / "teacher"))
 
 
 def test_teacher_of_another_vocabulary_is_refused(tmp_path, monkeypatch, capfd):
