@@ -2,7 +2,7 @@
 
     pip install 'jax[tpu]'
     python benchmarks/rollout_tpu.py [v5e v5p v6e v4] [--cache bfloat16|int8] [--tensor 1]
-        [--attention auto|windows] [--shapes]
+        [--attention auto|windows|kernel] [--shapes]
 
 Qwen2.5-1.5B in bfloat16, prompts of 1,024 tokens and completions of 7,168: 8,192 positions a slot; 16 slots a
 chip on v5e and 64 on the others; 16 prompts a chip, 8 completions each; four chips, `fsdp` and `tensor` over

@@ -2,8 +2,8 @@
 
 COMMAND is train (if none is given), eval, sample, plan, export or report.
 
-The only reader of argv and the environment. What concerns one command is imported by it, so that a
-misspelt key is answered at once.
+The only reader of argv and the environment, reward workers aside. What concerns one command is imported by
+it, so that a misspelt key is answered at once.
 """
 
 import argparse

@@ -41,7 +41,8 @@ def sample(
     """Prints the completion to `out`, and one line about it to `err`.
 
     The prompt goes through `data.prompt_template` and the chat template as in training; temperature is
-    `rollout.temperature` (of a schedule, its value at `options.step`, or else the first). The completion is
+    `rollout.temperature` (of a schedule, its value at `options.step`, or else the first), and `eval.top_k`,
+    `eval.top_p` and `eval.min_new_tokens` hold. The completion is
     the one of draw 0, sample 0 in a stream of its own: it follows from `seed`, the prompt and the parameters.
 
     Args:

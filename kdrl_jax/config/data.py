@@ -120,7 +120,7 @@ class TaskSourceConfig(_Source):
 
     kind: Literal["task"]
     task: Literal["chain_sum", "word_sum"]
-    """`chain_sum`: symbols with worked steps; `word_sum`: one- and two-step sums in words."""
+    """`chain_sum`: symbols with worked steps; `word_sum`: sums in words."""
     split: Literal["train", "heldout", "validation", "test"] = "train"
     """A question belongs to `train` or to `heldout` by a hash of its text; `validation` and `test` are the
     halves of `heldout`."""

@@ -78,7 +78,7 @@ class ModelConfig(Section):
     """Type of matrix products. The student's master weights are always float32 (with `lora`, those of its
     adapters; the rest is held in this type)."""
     weights: Literal["float", "int8"] = "float"
-    """`int8` (teacher only): matrices in 8 bits, with a scale per output channel."""
+    """`int8` (teachers and reference only): matrices in 8 bits, with a scale per output channel."""
     lora: LoRAConfig | None = None
     """Student only: train adapters instead of the weights."""
 

@@ -40,8 +40,8 @@ class RLConfig(Section):
     """Whether completions that were cut off for length are trained on."""
     resample_rounds: Annotated[int, Field(strict=True, ge=0, le=16)] = 0
     """Further rounds of sampling, at most, to replace groups whose answers are all rewarded alike (DAPO's
-    dynamic sampling; what comes off for length is left aside). Of the replaced groups as many still distil
-    as RL has places."""
+    dynamic sampling; what comes off for length is left aside). Others still distil: an update is on twice as
+    many groups as train.prompts_per_iteration."""
 
 
 class KDConfig(Section):
@@ -78,8 +78,8 @@ class KDConfig(Section):
     truncated: Flag = True
     """Whether completions that were cut off for length are distilled."""
     max_abs_logratio: AboveZero | None = None
-    """Bound on log pi_S - log pi_T inside k1, k2 and score_function, and inside rl.anchor_share; counted in
-    `kd/clip_frac`."""
+    """Bound on log pi_S - log pi_T inside k1, k2 and score_function (counted in `kd/clip_frac`), and inside
+    rl.anchor_share (counted in `rl/anchor_clip_frac`)."""
     bound: Literal["clip", "tanh"] = "clip"
     """How max_abs_logratio bounds."""
     extrapolation: AboveZero = 1.0

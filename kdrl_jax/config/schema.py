@@ -30,7 +30,7 @@ class RolloutConfig(Section):
     one is cut off on the host."""
     temperature: Schedule = constant(1.0)
     """Divides the logits of sampler, student and teacher alike, so that all mean one policy.
-    Training samples the full distribution; top-k and top-p exist for evaluation only."""
+    Training samples the full distribution; top-k and top-p exist for evaluations and `sample` only."""
     importance_cap: AboveZero | None = None
     """Truncated importance sampling: terms at sampled tokens are multiplied by min(pi_trainer / pi_sampler,
     cap), which undoes what separates the sampler's arithmetic from the trainer's."""
@@ -178,8 +178,8 @@ class EvalConfig(Section):
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     """Keep the smallest set of tokens with this much probability, within the top 256."""
     min_new_tokens: Count = 0
-    """No end token before so many others. For evaluation only, as the two above: training samples the
-    policy itself."""
+    """No end token before so many others. For evaluations and `sample` only, as the two above: training
+    samples the policy itself."""
     agreement: Flag = False
     """Compare student and teacher on the teacher's own greedy answers to the held-out prompts."""
     keep_samples: Count = 64
@@ -240,7 +240,8 @@ class LogConfig(Section):
     """The run directory, here or in a bucket (gs://BUCKET/RUN, s3://BUCKET/RUN); `runs/<name>` by default.
     All hosts of a job must see it; several cannot write checkpoints to s3://."""
     rollouts_every: Count = 10
-    """Steps between rollouts written to `rollouts/` (0: never). The last step is always written."""
+    """Steps between rollouts written to `rollouts/` (0: never). The last step's is always written;
+    of rows of a data set (`rollout.source: dataset`) none is."""
     rollouts_rows: Positive = 16
     """Rows written each time, in whole groups: at least one."""
     rollouts_tokens: Flag = True
