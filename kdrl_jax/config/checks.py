@@ -29,7 +29,9 @@ def check_contradictions(c: "Config") -> None:
 
 def _check_models(c: "Config") -> None:
     if c.student.weights != "float":
-        raise ValueError(f"student.weights={c.student.weights} cannot be trained; a teacher or reference may be int8")
+        raise ValueError(
+            f"student.weights={c.student.weights} cannot be trained; a teacher or a reference may be int8"
+        )
     frozen = c.all_teachers | ({"reference": c.reference} if c.reference else {})
     for role, model in frozen.items():
         if model.lora is not None:
