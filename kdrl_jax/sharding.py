@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdrl_jax.config import MeshConfig
@@ -77,7 +78,8 @@ def _arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
         )
     # Each in the order in which its chips are neighbours.
     shape = (data // len(slices), *others)
-    parts = [jax.make_mesh(shape, AXES, devices=slices[i]).devices for i in sorted(slices)]
+    # An axis may be a part of one of the torus: jax.make_mesh would refuse that on all but v5e.
+    parts = [create_device_mesh(shape, slices[i], allow_split_physical_axes=True) for i in sorted(slices)]
     return np.concatenate(parts)
 
 

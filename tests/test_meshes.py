@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import replay
 import tiny_runs
+from plan_programs import TPU
 
 from kdrl_jax import sharding
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import MeshConfig, load_config, load_run_config
+from kdrl_jax.plan.topology import make_topology
 from kdrl_jax.setup import make_setup
 
 UPDATES = 10
@@ -148,6 +150,27 @@ def test_what_is_left_is_filled_in():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="mesh data=3 x fsdp=-1 x tensor=1 does not fit 8 devices"):
         sharding.make_mesh(MeshConfig(data=3), jax.devices()[:8])
+
+
+@TPU
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v6e:4x4", {"tensor": 2}),
+        ("v6e:4x4", {"data": 2}),
+        ("v5p:4x4x4", {"tensor": 2}),
+        ("v4:2x2x4", {"data": 2, "tensor": 2}),
+        ("v5e:4x4", {"tensor": 2}),
+    ],
+)
+def test_an_axis_may_be_part_of_one_of_the_torus(topology, mesh):
+    """And `tensor` lies on neighbours."""
+    devices = sharding.make_mesh(MeshConfig(**mesh), make_topology(topology)[1]).devices
+    assert devices.shape == (mesh.get("data", 1), devices.shape[1], mesh.get("tensor", 1))
+    assert len(set(devices.flat)) == devices.size
+    for row in devices.reshape(-1, devices.shape[-1]):
+        places = np.array([device.coords for device in row])
+        assert (np.abs(np.diff(places, axis=0)).sum(1) == 1).all()
 
 
 @pytest.mark.parametrize(
