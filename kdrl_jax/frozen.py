@@ -26,8 +26,9 @@ from kdrl_jax.scoring.packer import Packed
 from kdrl_jax.types import FrozenScores, Params, Rollouts
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class Frozen:
     """What frozen models say of an iteration."""
 
     scores: FrozenScores
@@ -98,7 +99,7 @@ class FrozenScorer:
         roles = list(self.teachers)
         return [roles.index(f"teachers.{name}") for name in teacher_of_row]
 
-    def __call__(self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float) -> Scored:
+    def __call__(self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float) -> Frozen:
         """Dispatches all scoring. Only a parked model is waited for, so that the next one finds room.
 
         Args:
@@ -111,11 +112,11 @@ class FrozenScorer:
             if self.teachers:
                 scores, states = self._of_teachers(rollouts, minibatches, temperature)
             if self._reference is None:
-                return Scored(scores, states)
+                return Frozen(scores, states)
             params = self._reference.on_device()
             done = [self._score_reference(params, m.packs.rows, temperature, _all(m)) for m in minibatches]
             ref = in_rows(rollouts, minibatches, [x.logprobs_RN for x in _finished(self._reference, done)])
-        return Scored(dataclasses.replace(scores, ref_logprobs_BT=ref), states)
+        return Frozen(dataclasses.replace(scores, ref_logprobs_BT=ref), states)
 
     def _of_teachers(
         self, rollouts: Rollouts, minibatches: Sequence[Packed], temperature: float

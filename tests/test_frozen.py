@@ -135,6 +135,15 @@ def test_a_mixture_weighs_probabilities():
     assert found.teacher_states == [None]
 
 
+def test_what_is_scored_can_be_waited_for():
+    """`jax.block_until_ready` passes by what it does not know: the teacher's seconds were the update's."""
+    c = config({"estimator": "full", "mixture": {"math": 1.0, "code": 1.0}})
+    found = Scorer(c, {"teachers.math": MATH, "teachers.code": CODE})(rollouts(), 1.0, [None] * B)
+    leaves = jax.tree.leaves(found)
+    assert len(leaves) > 2
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+
+
 def test_a_reference_is_scored_beside_the_teachers():
     c = config({"extrapolation": 1.5, "mixture": {"math": 1.0, "code": 1.0}})
     found = Scorer(c, {"teachers.math": MATH, "teachers.code": CODE}, BASE)(rollouts(), 1.0, [None] * B)
