@@ -743,6 +743,9 @@ def submit(cloud: Cloud, *arguments: str) -> dict:
     return yaml.safe_load((cloud.folder / "manifest.yaml").read_text())
 
 
+SAVES = "checkpoint.stop_within_s=295"
+
+
 def unescape(word: str) -> str:
     """What Kubernetes makes of a word of a command: $$ is $, $(NAME) a variable's value."""
     return re.sub(r"\$(?:\$|\((\w+)\))", lambda found: "EXPANDED" if found[1] else "$", word)
@@ -772,8 +775,19 @@ def test_the_jobset_holds_what_a_run_needs(cloud):
     }
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     program = [".venv/bin/python", "-m", "kdrl_jax.main", "eval"]
-    contract = [*program, "--config", CONFIG, "--coordinator", "auto", f"log.dir={RUN_DIR}", *NASTY]
+    contract = [*program, "--config", CONFIG, "--coordinator", "auto", f"log.dir={RUN_DIR}", *NASTY, SAVES]
     assert [unescape(word) for word in container["command"]] == contract
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+
+
+def test_one_slice_has_the_rights_of_its_account_and_the_time_that_was_given(cloud):
+    """A pod on the network of its host has the rights of that."""
+    given = ("--type", "v5e", "--topology", "2x4", "--kubernetes-account", "mine", "--grace-seconds", "60")
+    more = ("checkpoint.stop_within_s=40", "--accept-changes")
+    pod = submit(cloud, *given, *more)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert (pod["hostNetwork"], pod["dnsPolicy"]) == (False, "ClusterFirst")
+    assert (pod["serviceAccountName"], pod["terminationGracePeriodSeconds"]) == ("mine", 60)
+    assert pod["containers"][0]["command"][-2:] == [*more]
 
 
 @pytest.mark.parametrize(
@@ -819,7 +833,7 @@ def test_xpk_is_given_the_contract_as_one_command(cloud):
     assert {"--tpu-type=v5litepod-16", "--num-slices=2", "--restart-on-exit-codes=1"} <= set(call)
     command = next(word for word in call if word.startswith("--command=")).removeprefix("--command=")
     program = ["exec", ".venv/bin/python", "-m", "kdrl_jax.main", "--config", CONFIG]
-    assert shlex.split(command) == [*program, "--coordinator", "auto", f"log.dir={RUN_DIR}", *NASTY]
+    assert shlex.split(command) == [*program, "--coordinator", "auto", f"log.dir={RUN_DIR}", *NASTY, SAVES]
 
 
 # ---- the image and the guide -------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ if [[ -n $from_worker ]]; then
         ${reach[@]+"${reach[@]}"} --quiet --node=0 --worker=0
 else
     copy=(gcloud storage rsync "$source" "$to" --recursive)
-    if is_set without-checkpoints; then copy+=("--exclude=^checkpoints/.*"); fi
+    if is_set without-checkpoints; then copy+=("--exclude=(^|.*/)checkpoints/.*"); fi
     run mkdir -p "$to"
     run "${copy[@]}"
 fi

@@ -277,6 +277,7 @@ check_bucket_path() {
 run_command_options() {
     option config CONFIG "a config of this repository, or gs://BUCKET/RUN to resume that run"
     option run-dir GS_PATH "the run directory, gs://BUCKET/PATH, which all hosts see"
+    flag accept-changes "go on with a run although settings give its updates another meaning"
 }
 
 commands=(train eval)
@@ -318,9 +319,16 @@ check_run_command() {
     arguments=(${command[@]+"${command[@]}"} --config "$config" --coordinator auto)
     [[ -z ${option_value[run-dir]} ]] || arguments+=("log.dir=${option_value[run-dir]}")
     arguments+=(${overrides[@]+"${overrides[@]}"})
+    if is_set accept-changes; then arguments+=(--accept-changes); fi
 }
 
-# Where the disk may be gone when the run goes on.
+# Lets the program take as long to save as the cluster does, less a moment for its end to be seen.
+save_within_grace() {
+    local grace=${option_value[grace-seconds]}
+    [[ " ${arguments[*]}" == *" checkpoint.stop_within_s="* ]] ||
+        arguments+=("checkpoint.stop_within_s=$((grace > 10 ? grace - 5 : grace))")
+}
+
 # What setup copies and installs.
 check_files() {
     local missing
@@ -330,6 +338,7 @@ check_files() {
     [[ -z $missing ]] || mistake "$missing: git tracks it, but it is gone; git rm it, or git checkout it"
 }
 
+# Where the disk may be gone when the run goes on.
 need_bucket_run() {
     [[ ${option_value[config]} == gs:* || " ${arguments[*]}" == *" log.dir=gs://"* ]] ||
         mistake "--run-dir gs://BUCKET/RUN is needed (or KDRL_TPU_RUN_DIR): the disk here does not outlive a preemption"

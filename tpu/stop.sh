@@ -6,7 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 about=(
     "tpu/stop.sh --name NAME --zone ZONE [--kill]"
     ""
-    "Asks the job on every worker to save and end. The slice stays (and is paid for): tpu/delete.sh removes it."
+    "Asks the job on every worker to save and end, for which it has checkpoint.stop_within_s (25 s, if a config does not"
+    "say otherwise). The slice stays (and is paid for): tpu/delete.sh removes it."
 )
 slice_options
 flag kill "end at once what has not ended in ten seconds, saved or not"

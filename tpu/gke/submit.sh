@@ -18,7 +18,7 @@ option slices N "slices of that shape, each a node pool" 1
 option chips-per-host N "of the node pool's machine type; 1 for a single chip, else 4 by default"
 option hosts N "nodes of the pool, to be compared with what topology and chips per host make"
 option namespace NAME "Kubernetes namespace" default
-option kubernetes-account NAME "Kubernetes service account with rights on the bucket" default
+option kubernetes-account NAME "Kubernetes service account with rights on the bucket; of several slices, see README" default
 option max-restarts N "times that the whole JobSet starts again" 20
 option grace-seconds N "time to save after SIGTERM" 300
 run_command_options
@@ -91,6 +91,7 @@ check_at_least grace-seconds 1
 check_topology
 check_run_command
 need_bucket_run
+save_within_grace
 
 declare -A template=(
     [NAME]=$(yaml "${option_value[name]}")
@@ -98,6 +99,8 @@ declare -A template=(
     [SLICES]=${option_value[slices]}
     [HOSTS]=$hosts
     [GRACE_SECONDS]=${option_value[grace-seconds]}
+    [HOST_NETWORK]=$( ((option_value[slices] > 1)) && echo true || echo false)
+    [DNS_POLICY]=$( ((option_value[slices] > 1)) && echo ClusterFirstWithHostNet || echo ClusterFirst)
     [KUBERNETES_ACCOUNT]=$(yaml "${option_value[kubernetes-account]}")
     [ACCELERATOR]=$(yaml "$(table_row "$gke_table" 1 "${option_value[type]}" 3)")
     [TOPOLOGY]=$(yaml "${option_value[topology]}")

@@ -31,6 +31,7 @@ check_at_least max-restarts 0
 check_at_least grace-seconds 1
 check_run_command
 need_bucket_run
+save_within_grace
 
 # exec, because xpk passes SIGTERM on to the shell that it runs this in, and a shell would keep it to itself.
 workload=(xpk workload create --cluster="${option_value[cluster]}" --workload="${option_value[name]}"
