@@ -32,7 +32,7 @@ def hang(question, completion, answer):
     return 1.0
 
 def fail(question, completion, answer):
-    if completion == "fail":
+    if "fail" in completion:
         raise KeyError("no such\\nunit")
     return 1
 
@@ -378,10 +378,23 @@ def test_a_hanging_function_is_killed_and_the_next_answers_score(user_rewards: s
 
 def test_a_function_that_raises_is_named_and_others_go_on(user_rewards: str) -> None:
     with RewardPool(["numeric", f"{user_rewards}:fail"], num_workers=1, time_limit_s=5.0) as pool:
-        failed, good = pool.score(["", ""], ["fail", "1"], ["1", "1"])
+        failed, good = pool.score(["", ""], ["fail 1", "1"], ["1", "1"])
     assert failed.error == "KeyError: 'no such\\nunit' (in user_rewards:fail)"
-    assert failed.scores == {"numeric": 0.0, "user_rewards:fail": 0.0}
+    assert failed.scores == {"numeric": 1.0, "user_rewards:fail": 0.0}
+    assert is_correct(failed, "numeric")
+    assert total(failed, "numeric", {"user_rewards:fail": 5.0}) == 1.0
     assert good == Scored({"numeric": 1.0, "user_rewards:fail": 1.0}, None)
+
+
+def test_a_verifier_that_raises_scores_nothing(user_rewards: str) -> None:
+    names = [f"{user_rewards}:fail", "numeric"]
+    with RewardPool(names, num_workers=1, time_limit_s=5.0) as pool:
+        (failed,) = pool.score([""], ["fail"], ["fail"])
+        (alone,) = pool.score([""], ["fail 1"], ["1"], only="numeric")
+    assert failed.error == "KeyError: 'no such\\nunit' (in user_rewards:fail)"
+    assert failed.scores == dict.fromkeys(names, 0.0)
+    assert not is_correct(failed, names[0])
+    assert alone == Scored({"numeric": 1.0}, None)
 
 
 def test_a_bad_gold_answer_is_an_error_of_its_own(pool: RewardPool) -> None:

@@ -231,6 +231,7 @@ class Evaluator:
             [prompts.questions[i] for i in asked],
             texts,
             [prompts.answers[i] for i in asked],
+            only=self._config.reward.verifier,
             read_by=self._read_by if num_samples > 1 else None,
         )
         # [rows here, ...]: correct, failed, vote, repeated 4-grams, all 4-grams

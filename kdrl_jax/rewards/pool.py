@@ -4,7 +4,7 @@
         scored = pool.score(questions, completions, answers)
 
 An answer is scored once. A worker that is late or dies is replaced; its answer scores 0 and says why in
-`error`, so that failures of the verifier can be counted apart from wrong answers.
+`error`, so that failures can be counted apart from wrong answers.
 """
 
 import contextlib
@@ -33,9 +33,10 @@ class Scored:
     """The verdict on one answer."""
 
     scores: dict[str, float]
-    """One finite score per function, by its name; all 0 if there was an error."""
+    """One finite score per function, by its name; 0 of one that failed, and of all if the verifier did or no
+    answer came in time."""
     error: str | None
-    """Why there is no verdict (`timeout after 2.0 s`, `TypeError: ... (in numeric)`), or None."""
+    """What failed (`timeout after 2.0 s`, `TypeError: ... (in numeric)`), or None."""
     said: str | None = None
     """The completion's final answer in one spelling, if it was asked for and there is one."""
 
@@ -46,15 +47,13 @@ def function_names(verifier: str, shaping: Iterable[str]) -> list[str]:
 
 
 def total(scored: Scored, verifier: str, shaping: Mapping[str, float]) -> float:
-    """The reward: the verifier's score plus the weighted scores of the shaping functions; 0 on an error."""
-    if scored.error is not None:
-        return 0.0
+    """The reward: the verifier's score plus the weighted scores of the shaping functions."""
     return scored.scores[verifier] + sum(weight * scored.scores[name] for name, weight in shaping.items())
 
 
 def is_correct(scored: Scored, verifier: str) -> bool:
-    """Whether the verifier scored 1 or more, without an error."""
-    return scored.error is None and scored.scores[verifier] >= 1.0
+    """Whether the verifier scored 1 or more, whatever shaping functions did."""
+    return scored.scores[verifier] >= 1.0
 
 
 class _Batch:
@@ -130,9 +129,7 @@ class _Slot:
             process = self.start()
             process.wait_ready()  # not counted: only a replaced worker is still starting here
             reply = process.ask(request, self._time_limit_s)
-            if "error" in reply:
-                return Scored(dict.fromkeys(self._functions, 0.0), reply["error"])
-            return Scored(reply["scores"], None, reply.get("said"))
+            return Scored(reply["scores"], reply.get("error"), reply.get("said"))
         except TimeoutError:
             return self._failed(f"timeout after {self._time_limit_s} s")
         except WorkerDiedError as error:
@@ -241,11 +238,13 @@ class RewardPool:
         completions: Sequence[str],
         answers: Sequence[str],
         *,
+        only: str | None = None,
         read_by: str | None = None,
     ) -> Future[list[Scored]]:
         """Starts scoring and returns at once; the future holds what `score` returns. It cannot be cancelled.
 
         Args:
+            only: the one of the pool's functions that is asked; None for all.
             read_by: the one of the pool's functions whose `votes.answer_reader` also reads the completions'
                 final answers, in the same time; it must have one. None: they are not read.
 
@@ -266,8 +265,8 @@ class RewardPool:
             for field, text in request.items():
                 if not isinstance(text, str):
                     raise TypeError(f"{field} {index} is a {type(text).__name__}, not text")
-            reading = {} if read_by is None else {"read_by": read_by}
-            jobs.append(_Job(batch, index, {"id": index, **request, **reading}))
+            asked = {name: f for name, f in (("only", only), ("read_by", read_by)) if f is not None}
+            jobs.append(_Job(batch, index, {"id": index, **request, **asked}))
         with self._jobs_lock:
             if not self._close.alive:
                 raise RuntimeError("the reward pool is closed")
@@ -281,11 +280,12 @@ class RewardPool:
         completions: Sequence[str],
         answers: Sequence[str],
         *,
+        only: str | None = None,
         read_by: str | None = None,
     ) -> list[Scored]:
         """One `Scored` per row of question, completion and gold answer, in order. Takes what `submit` takes,
         and raises as it does."""
-        return self.submit(questions, completions, answers, read_by=read_by).result()
+        return self.submit(questions, completions, answers, only=only, read_by=read_by).result()
 
     def close(self) -> None:
         """Ends all processes at once; batches not yet scored raise RuntimeError. May be called again."""

@@ -2,10 +2,12 @@
 
 The pattern is for the function `regex`. Speaks JSON lines. The first line out is {"ready": true}, or
 {"error": text} and the process ends with status 2. Then each line in, {"id", "question", "completion",
-"answer"}, is answered by one line, {"id", "scores": {function: float}} or {"id", "error": "TypeError: ...
-(in numeric)"}. A request may hold "limit_s": the seconds after which whoever asked will have given up; and
-"read_by", the function by whose rules the completion's final answer is found too, as "said" in the answer.
-The process ends when its standard input does.
+"answer"}, is answered by one line, {"id", "scores": {function: float}}. A function that fails scores 0, and
+the first failure is told in "error", as in "TypeError: ... (in numeric)"; if it is that of the first
+function, the verifier, the others are not asked. A request may hold "limit_s": the seconds after which
+whoever asked will have given up; "only", the one function that is asked; and "read_by", the function by
+whose rules the completion's final answer is found too, as "said" in the answer. The process ends when its
+standard input does.
 """
 
 import faulthandler
@@ -73,23 +75,26 @@ Readers = dict[str, AnswerReader | None]
 
 def _score(functions: dict[str, RewardFunction], readers: Readers, request: dict[str, Any]) -> dict[str, Any]:
     """The reply to one request."""
-    scores: dict[str, float] = {}
-    for name, function in functions.items():
+    names = [request["only"]] if "only" in request else list(functions)
+    scores = dict.fromkeys(names, 0.0)
+    reply: dict[str, Any] = {"id": request.get("id"), "scores": scores}
+    for name in names:
         try:
-            score = function(request["question"], request["completion"], request["answer"])
+            score = functions[name](request["question"], request["completion"], request["answer"])
             if not isinstance(score, numbers.Real):
                 raise TypeError(f"a score must be a number, got {type(score).__name__} {score!r}")
+            if not math.isfinite(float(score)):
+                raise ValueError(f"a score must be finite, got {float(score)}")
             scores[name] = float(score)
-            if not math.isfinite(scores[name]):
-                raise ValueError(f"a score must be finite, got {scores[name]}")
         except BaseException as error:  # also SystemExit: a function must not end its worker
-            return {"id": request.get("id"), "error": _describe(error, name)}
-    reply = {"id": request.get("id"), "scores": scores}
+            reply.setdefault("error", _describe(error, name))
+            if name == names[0]:
+                return reply
     if (read := readers.get(request.get("read_by", ""))) is not None:
         try:
             reply["said"] = read(request["completion"])
         except Exception as error:
-            return {"id": request.get("id"), "error": _describe(error, "the reading of the final answer")}
+            reply.setdefault("error", _describe(error, "the reading of the final answer"))
     return reply
 
 
