@@ -315,14 +315,17 @@ def _is_letters(one: Scalar, other: Scalar) -> bool:
 
 
 def _same_text(gold: Scalar, guess: Scalar, ours: str, theirs: str) -> bool:
-    one_is_percent = gold.is_percent != guess.is_percent
-    if same_text(ours, theirs) and not one_is_percent:
+    # 18\% is 18 and 0.18.
+    hundred = Fraction(1)
+    if gold.is_percent != guess.is_percent:
+        hundred = Fraction(1, 100) if gold.is_percent else Fraction(100)
+    elif same_text(ours, theirs):
         return True
     if (infinite := _infinite(ours)) or _infinite(theirs):
         return infinite == _infinite(theirs)
     numbers = number_of(ours), number_of(theirs)
     if numbers[0] is not None and numbers[1] is not None:
-        return _same_number(numbers[0], numbers[1], one_is_percent)
+        return numbers[1] in (numbers[0], numbers[0] * hundred)
     if len(ours) == len(theirs) == 1:
         return False  # two letters
     try:
@@ -330,21 +333,11 @@ def _same_text(gold: Scalar, guess: Scalar, ours: str, theirs: str) -> bool:
     except UnreadableError:
         return symbolic.same(ours, theirs)
     try:
-        if same(gold_node, guess_node):
-            return True
-        if one_is_percent:
-            return any(same(Node("*", (Node("number", number=f), gold_node)), guess_node) for f in _PERCENT)
-        return False
+        return same(gold_node, guess_node) or (
+            hundred != 1 and same(Node("*", (Node("number", number=hundred), gold_node)), guess_node)
+        )
     except NoValueError:
         return False
-
-
-_PERCENT = (Fraction(1, 100), Fraction(100))
-
-
-def _same_number(gold: Fraction, guess: Fraction, one_is_percent: bool) -> bool:
-    """18\\% is 18 and 0.18."""
-    return gold == guess or (one_is_percent and any(gold * factor == guess for factor in _PERCENT))
 
 
 @functools.lru_cache(maxsize=4096)
