@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -64,6 +65,15 @@ class MetricsWriter:
 def read_metrics(run_dir: str | Path) -> list[Metrics]:
     """All whole lines of a run's metrics."""
     return read_jsonl(as_path(run_dir) / FILE)
+
+
+def files_of_steps(folder: Path, ending: str) -> dict[int, Path]:
+    """Step -> `step_N.ENDING`, in order; other files there are nobody's business."""
+    found = {}
+    for path in folder.glob(f"step_*.{ending}") if folder.is_dir() else ():
+        if number := re.fullmatch(r"step_(\d+)", path.stem):
+            found[int(number[1])] = path
+    return dict(sorted(found.items()))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from kdrl_jax.config.evaluation import model_digest
 from kdrl_jax.metrics import (
     ALARMS,
     MetricsWriter,
+    files_of_steps,
     read_json,
     read_jsonl,
     read_metrics,
@@ -280,7 +281,7 @@ def read_teacher(config: Config, run_dir: Path, role: str) -> Metrics | None:
 def read_accuracies(config: Config, run_dir: Path, last_step: int) -> dict[int, float]:
     """By step, of the student's evaluations that are there, can be read, and are of these settings."""
     found, settings = {}, model_digest(config, "student")
-    for file in (run_dir / "eval").glob("step_*.json") if (run_dir / "eval").is_dir() else ():
+    for file in files_of_steps(run_dir / "eval", "json").values():
         with contextlib.suppress(ValueError, LookupError, TypeError):
             results = read_json(file)
             accuracy, is_before = headline(results), results["step"] <= last_step

@@ -23,6 +23,7 @@ from kdrl_jax.report import samples as samples_module
 from kdrl_jax.report.panels import drawn
 from kdrl_jax.report.reading import group_runs, names_of, read_evaluations, read_run, read_runs
 from kdrl_jax.report.samples import Samples, fit, pack
+from kdrl_jax.report.table import evaluation_table
 
 
 def test_schedules_ahead_are_those_of_training():
@@ -206,6 +207,30 @@ def test_every_model_of_every_eval_is_shown(tmp_path):
         "eval, step 20",
         "eval with eval.temperature=0.5, step 20",
     ]
+
+
+def test_evaluations_whose_names_are_the_same_or_hold_markup_are_all_shown(tmp_path):
+    run = make_run(tmp_path, "run")
+    overrides = [
+        f"data.eval={json.dumps([{'kind': 'jsonl', 'other': 'x' * 90}])}",
+        "rollout.stop=['[/INST]', '[b]']",
+    ]
+    for number, digest in enumerate(("aaaaaaa", "bbbbbbb")):
+        each = {"step_000020": {"step": 20, "num_prompts": 9 + number, "greedy/accuracy": 0.5}}
+        late = {"step_000099": {"step": 99, "num_prompts": 9, "greedy/accuracy": 0.5}}
+        content = {"overrides": overrides, "evaluations": each | late}
+        write_json(run / "eval" / f"eval_{digest}.json", content)
+    found = read_run(run).evaluations
+    assert sorted(results["num_prompts"] for name, results in found.items() if name.startswith("eval")) == [
+        9,
+        10,
+    ]
+    console = Console(width=400, record=True, file=io.StringIO())
+    console.print(evaluation_table("run [/b]", found))
+    said = console.export_text()
+    assert said.count("rollout.stop=['[/INST]', '[b]']") == 2
+    assert "(bbbbbb), step 20" in said
+    assert "run [/b]: held-out" in said
 
 
 def test_panels_find_what_has_many_names(tmp_path):

@@ -355,6 +355,17 @@ def with_fake(monkeypatch, fails=lambda what, step: None):
     return fake
 
 
+def test_files_of_others_do_not_matter(tmp_path, monkeypatch):
+    fake = with_fake(monkeypatch, lambda what, step: None)
+    for folder, name in (("eval", "step_100_old.json"), ("rollouts", "step_best.jsonl")):
+        (tmp_path / "run" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / folder / name).write_text("mine")
+    record = open_record(tmp_path, ["tensorboard"])
+    write_steps(record, 0, 2)
+    record.close()
+    assert [step for step, values in fake.got[:-1] if "loss" in values] == [0, 1]
+
+
 def test_failures_are_told_once_and_counted(tmp_path, monkeypatch):
     def fails(what, step):
         if (what == "scalars" and step in (2, 3, 4)) or what in ("rollouts", "close"):

@@ -1,5 +1,6 @@
 """What the `eval` command leaves: results and the settings they are of, and answers to read."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ class ResultsFile:
         self._content: dict[str, Any] = {"digest": digest, "settings": settings, "overrides": []}
         if is_run:
             own = evaluation_settings(load_run_config(config.run_dir))
-            self._content["overrides"] = [f"{key}={show(now)}" for key, _, now in differences(own, settings)]
+            self._content["overrides"] = [
+                # Questions are told apart by all that is said of them.
+                f"{key}={json.dumps(now) if isinstance(now, (list, dict)) else show(now)}"
+                for key, _, now in differences(own, settings)
+            ]
         self._evaluations: dict[str, Results] = {}
         if hosts.is_first():
             check_writable(folder)

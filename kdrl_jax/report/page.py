@@ -48,7 +48,7 @@ def report_page(groups: Sequence[Group], told: Told) -> str:
         "scales": scales(),
         "groups": [_group(group, panels, most) for group in groups],
     }
-    room = MAX_BYTES - len(pack(data)) - len(_page(data | {"samples": []}, [])) - 20_000
+    room = MAX_BYTES - len(_page(data | {"samples": []}, [])) - 20_000
     held_out = [Samples(f"{run.name}, held-out answers", run.held_out(), read_held_out) for run in runs]
     rollouts = [Samples(run.name, run.rollouts()) for run in runs]
     # What is small first: what it leaves is the others'.

@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kdrl_jax.config import Config, changes, load_run_config
-from kdrl_jax.metrics import read_json, read_jsonl, read_metrics
+from kdrl_jax.metrics import files_of_steps, read_json, read_jsonl, read_metrics
 from kdrl_jax.paths import absolute
 from kdrl_jax.types import Metrics
 
@@ -39,12 +38,12 @@ class RunFiles:
 
     def rollouts(self) -> dict[int, Path]:
         """Step -> the file of its samples, the first step first."""
-        found = _numbered(self.directory / "rollouts", "jsonl")
+        found = files_of_steps(self.directory / "rollouts", "jsonl")
         return {step: path for step, path in found.items() if step <= self.last_step}
 
     def held_out(self) -> dict[int, Path]:
         """Step -> the file of the student's held-out answers, the first step first."""
-        found = _numbered(self.directory / "eval" / "samples", "jsonl")
+        found = files_of_steps(self.directory / "eval" / "samples", "jsonl")
         return {step: path for step, path in found.items() if step <= self.last_step + 1}
 
 
@@ -108,31 +107,27 @@ def read_evaluations(run_dir: Path, last_step: int | None = None) -> Evaluations
     that it was given beside the run's own.
 
     Args:
-        last_step: the last step that an evaluation in training can be of; None for any.
+        last_step: the last step that an evaluation can be of; None for any.
     """
     folder = run_dir / "eval"
     found: Evaluations = {}
     for path in sorted(folder.glob("teacher*.json")) if folder.is_dir() else []:
         found[path.stem] = read_json(path)
-    for step, path in _numbered(folder, "json").items():
+    for step, path in files_of_steps(folder, "json").items():
         if last_step is None or step <= last_step:
             found[f"student, step {step}"] = {"step": step} | read_json(path)
     for path in sorted(folder.glob("eval_*.json")) if folder.is_dir() else []:
         content = read_json(path)
-        by = f"eval with {', '.join(content['overrides'])}" if content["overrides"] else "eval"
+        given = [one if len(one) <= 80 else f"{one[:77]}..." for one in content["overrides"]]
+        by = f"eval with {', '.join(given)}" if given else "eval"
         for model, results in content["evaluations"].items():
+            if last_step is not None and results.get("step", 0) > last_step:
+                continue
             name = f"step {results['step']}" if "step" in results else model
-            found[f"{by}, {name}"] = results
+            # Other settings may be called the same.
+            by_this = f"{by} ({path.stem.removeprefix('eval_')[:6]})" if f"{by}, {name}" in found else by
+            found[f"{by_this}, {name}"] = results
     return found
-
-
-def _numbered(folder: Path, ending: str) -> dict[int, Path]:
-    """Step -> `step_N.ENDING`, in order; other files there are nobody's business."""
-    found = {}
-    for path in folder.glob(f"step_*.{ending}") if folder.is_dir() else ():
-        if number := re.fullmatch(r"step_(\d+)", path.stem):
-            found[int(number[1])] = path
-    return dict(sorted(found.items()))
 
 
 def group_runs(runs: Sequence[RunFiles]) -> list[Group]:

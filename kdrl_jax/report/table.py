@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from kdrl_jax.report.reading import Evaluations
 
@@ -24,12 +25,13 @@ def evaluation_table(run: str, evaluations: Evaluations) -> Table:
         columns = {k.replace("sampled/", "greedy/"): v for k, v in COLUMNS.items() if k != "sampled/accuracy"}
     used = {k: v for k, v in columns.items() if any(k in r for r in evaluations.values())}
     nums = dict.fromkeys(str(r["num_prompts"]) for r in evaluations.values() if "num_prompts" in r)
-    table = Table(title=f"{run}{': ' if run else ''}held-out questions ({', '.join(nums)})")
+    # Names hold what users have written: no markup.
+    table = Table(title=Text(f"{run}{': ' if run else ''}held-out questions ({', '.join(nums)})"))
     table.add_column("model")
     for label, _ in used.values():
         table.add_column(label, justify="right")
     for name, results in evaluations.items():
-        table.add_row(name, *(_cell(results, k, form) for k, (_, form) in used.items()))
+        table.add_row(Text(name), *(_cell(results, k, form) for k, (_, form) in used.items()))
     return table
 
 

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdrl_jax.metrics import ALARMS, read_json, read_jsonl, read_metrics
+from kdrl_jax.metrics import ALARMS, files_of_steps, read_json, read_jsonl, read_metrics
 from kdrl_jax.types import Metrics
 from kdrl_jax.writers.background import Entry, State
 
@@ -21,7 +21,7 @@ def settle(run_dir: Path) -> None:
 
 def last_steps(run_dir: Path) -> dict[str, int]:
     """By kind of entry, the last step that the files have."""
-    found = {kind: [step for step, _ in _numbered(run_dir, kind)] for kind in _FOLDERS}
+    found = {kind: list(files_of_steps(run_dir / name, end)) for kind, (name, end) in _FOLDERS.items()}
     found["metrics"] = [row["step"] for row in read_metrics(run_dir)]
     found["alarm"] = [row["step"] for row in read_jsonl(run_dir / ALARMS)]
     found |= {file.stem: [0] for file in _teachers(run_dir)}
@@ -37,7 +37,7 @@ def entries(run_dir: Path, before: Sequence[Metrics], first_step: int, last_eval
         last_eval: the last evaluation of the student that counts.
     """
     later, alarms = functools.partial, read_jsonl(run_dir / ALARMS)
-    evals, rollouts = (_numbered(run_dir, kind) for kind in _FOLDERS)
+    evals, rollouts = (files_of_steps(run_dir / name, end).items() for name, end in _FOLDERS.values())
     return [
         *(Entry(file.stem, 0, later(read_json, file)) for file in _teachers(run_dir)),
         *(Entry("metrics", row["step"], later(dict, row)) for row in before),
@@ -47,15 +47,7 @@ def entries(run_dir: Path, before: Sequence[Metrics], first_step: int, last_eval
     ]
 
 
-_FOLDERS = {"evaluation": ("eval", "step_*.json"), "rollouts": ("rollouts", "step_*.jsonl")}
-
-
-def _numbered(run_dir: Path, kind: str) -> list[tuple[int, Path]]:
-    """The files of a kind that has one for a step, by step."""
-    name, pattern = _FOLDERS[kind]
-    folder = run_dir / name
-    files = folder.glob(pattern) if folder.is_dir() else ()
-    return sorted((int(file.stem.removeprefix("step_")), file) for file in files)
+_FOLDERS = {"evaluation": ("eval", "json"), "rollouts": ("rollouts", "jsonl")}
 
 
 def _teachers(run_dir: Path) -> list[Path]:
