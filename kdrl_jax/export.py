@@ -17,7 +17,7 @@ from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.models import tensors
 from kdrl_jax.models.hf import read_json
 from kdrl_jax.models.hf_write import DTYPES, stored_dtype, write_json, write_tensors
-from kdrl_jax.paths import is_remote
+from kdrl_jax.paths import as_path, is_remote
 from kdrl_jax.setup import SingleModel, make_single
 
 _GIB = 1 << 30
@@ -38,7 +38,7 @@ def export(config: Config, options: ExportOptions, console: Console, *, is_run: 
     """
     if is_remote(options.out):
         raise ValueError(f"out={options.out} is in a bucket; export to a local folder and copy it there")
-    out = Path(options.out).expanduser()
+    out = as_path(options.out)
     _check_free(out)
     if options.step is not None and not is_run:
         raise ValueError(f"step={options.step} names a checkpoint of a run; give the run's directory")
@@ -133,6 +133,8 @@ def _check_free(out: Path) -> None:
         raise ValueError(f"out={out} exists and is no folder; name another")
     if any(out.iterdir()):
         raise ValueError(f"out={out} exists and is not empty; name another folder, or remove it")
+    if out.is_symlink() or out.is_mount():
+        raise ValueError(f"out={out} is a link or a mount, which no folder replaces; name one inside it")
 
 
 @contextmanager

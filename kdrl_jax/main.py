@@ -41,7 +41,7 @@ from kdrl_jax.config import (
 from kdrl_jax.config.base import Section
 from kdrl_jax.config.job import Hosts, read_hosts
 from kdrl_jax.config.load import RUN_CONFIG
-from kdrl_jax.paths import as_path, check_bucket, is_outage
+from kdrl_jax.paths import as_path, check_bucket, is_outage, is_passing
 from kdrl_jax.preemption import GOOGLE, GoogleNotice
 from kdrl_jax.signals import Ended, StopRequest, end_on_signals
 from kdrl_jax.types import TrainingError
@@ -272,7 +272,7 @@ def _keep_programs(config: Config) -> None:
 
     if config.cache_dir is None or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = Path(config.cache_dir).expanduser() / "xla"
+    folder = as_path(config.cache_dir) / "xla"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         flags = next((x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))), "")
@@ -412,10 +412,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         )
     if not (is_outage(error) or isinstance(error, (ValueError, ImportError, TrainingError))):
         return None
-    # Most are mistakes in what was given. One line says so; the variable shows the rest.
+    # Most are mistakes in what was given, which no other try mends. One line says so; the variable shows the
+    # rest.
     hint = "" if isinstance(error, ConfigError) else " (KDRL_TRACEBACK=1 shows where)"
     line = f"{' '.join(str(error).split())}{hint}"
-    return line, 1 if isinstance(error, TrainingError) else USAGE_ERROR
+    return line, 1 if isinstance(error, TrainingError) or is_passing(error) else USAGE_ERROR
 
 
 def main(argv: Sequence[str] | None = None) -> int:

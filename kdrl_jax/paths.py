@@ -38,7 +38,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if scheme is None:
         if found := re.match(r"([a-z0-9]+)://", os.fspath(path)):
             raise ValueError(f"{path}: {found[0]} is not supported; give gs://, s3:// or a local path")
-        return Path(path).expanduser()
+        return _at_home(path)
     if not re.match(r"\w+://[^/]", os.fspath(path)):
         raise ValueError(f"{path}: names no bucket; write {scheme}://BUCKET/PATH")
     module, extra = _BACKENDS[scheme]
@@ -54,6 +54,13 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     # It prints the traceback of what it raises, too.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return cast(Path, epath.Path(path))
+
+
+def _at_home(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}; there is no such user here") from error
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -78,7 +85,8 @@ def check_bucket(path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such bucket.
-        OSError: it cannot be asked: no credentials, or none that may.
+        PermissionError: no credentials, or none that may read it.
+        OSError: it cannot be asked now.
     """
     scheme = _scheme(path)
     if scheme is None:
@@ -92,7 +100,8 @@ def check_bucket(path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         kind: type[OSError] = FileNotFoundError
     except Exception as error:  # each library has errors of its own
-        kind, reason = OSError, f"it cannot be read ({' '.join(str(error).split())[:200]})"
+        kind = PermissionError if _is_refusal(error) else OSError
+        reason = f"it cannot be read ({' '.join(str(error).split())[:200]})"
     raise kind(f"{path}: bucket {bucket}: {reason}; check its name, and {_CREDENTIALS[scheme]}")
 
 
@@ -134,6 +143,19 @@ def is_outage(error: BaseException) -> bool:
     # What speaks to buckets raises errors of its own.
     library = type(error).__module__.split(".")[0]
     return isinstance(error, OSError) or library in ("gcsfs", "google", "botocore", "aiobotocore", "s3fs")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    words = r"credential|forbidden|denied|unauthori[sz]ed|does not have"
+    return isinstance(error, PermissionError) or re.search(words, f"{type(error)} {error}", re.I) is not None
+
+
+_WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether it is an outage that may be over at the next try: no wrong name, no missing right."""
+    return is_outage(error) and not isinstance(error, (*_WRONG_NAMES, PermissionError))
 
 
 def make_folder(path: Path) -> None:

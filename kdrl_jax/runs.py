@@ -8,7 +8,7 @@ import numpy as np
 
 from kdrl_jax import hosts
 from kdrl_jax.config import Change, Config, ModelConfig, changes, load_config, load_run_config
-from kdrl_jax.metrics import read_json
+from kdrl_jax.metrics import read_json, read_metrics
 from kdrl_jax.paths import as_path, make_folder
 from kdrl_jax.types import TrainingError
 
@@ -36,6 +36,15 @@ def is_complete(config: Config) -> bool:
     """Whether the run has been trained to its last step and evaluated."""
     done = as_path(config.run_dir) / "done.json"
     return done.exists() and read_json(done)["step"] >= config.train.num_steps
+
+
+def has_begun(config: Config) -> bool:
+    """Whether the run has left anything that it goes on from."""
+    folder = as_path(config.run_dir)
+    if not (folder / "config.yaml").exists():
+        return False
+    saved = folder / "checkpoints"
+    return bool(read_metrics(config.run_dir)) or (saved.is_dir() and any(saved.iterdir()))
 
 
 def prerequisites(config: Config) -> dict[Role, Config]:
@@ -95,12 +104,12 @@ def check_changes(
 
 
 def check_same_run(config: Config, accept: bool = False, also: Sequence[str] = ()) -> None:
-    """`check_changes` from what the run directory says, if it is there.
+    """`check_changes` from what the run directory says, if the run has begun: before, nothing depends on it.
 
     Args:
         also: settings that may not have changed either.
     """
-    if (as_path(config.run_dir) / "config.yaml").exists():
+    if has_begun(config):
         check_changes(config, load_run_config(config.run_dir).model_dump(mode="json"), accept, also=also)
 
 

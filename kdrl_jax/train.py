@@ -21,15 +21,16 @@ from rich.console import Console
 from kdrl_jax import hosts
 from kdrl_jax.alarms import Alarms
 from kdrl_jax.batch import make_batch_builder, take_rows
-from kdrl_jax.config import Config, save_config
+from kdrl_jax.before import trained_first
+from kdrl_jax.config import Config
 from kdrl_jax.config.schedules import is_zero
 from kdrl_jax.data.prompts import PromptStream, open_prompts
-from kdrl_jax.frozen import FrozenScorer, LogprobScorer, Scored
+from kdrl_jax.frozen import Frozen, FrozenScorer, LogprobScorer
 from kdrl_jax.held_out import HeldOut, crossed
 from kdrl_jax.logged import LoggedRollouts
 from kdrl_jax.metrics import Clock, Compiles
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.paths import as_path, is_outage, make_folder
+from kdrl_jax.paths import as_path, is_passing
 from kdrl_jax.profiling import Profiler
 from kdrl_jax.progress import Reporter
 from kdrl_jax.record import SKIPPED_KEPT, Record
@@ -46,13 +47,12 @@ from kdrl_jax.rounds import (
     sample_rows,
     wants_another,
 )
-from kdrl_jax.runs import check_same_run, is_complete, prerequisites
+from kdrl_jax.runs import check_same_run, is_complete
 from kdrl_jax.scoring.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.self_check import self_check
-from kdrl_jax.setup import Setup, check_mesh, make_setup, record_base
+from kdrl_jax.setup import Setup, make_setup, record_base
 from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
 from kdrl_jax.types import Metrics, Params, Rollouts, TrainingError, TrainState
-from kdrl_jax.writers import check_writers
 
 ShouldStop = Callable[[], bool]
 
@@ -82,33 +82,20 @@ def train(
             and does not agree with it; files that cannot be written any more.
     """
     check_same_run(config, accept_changes)
-    needed = list(prerequisites(config).values())
-    for inner in [*needed, config]:
-        check_mesh(inner)
-        if hosts.is_first():
-            check_writers(inner)
-    if (as_path(config.run_dir) / "metrics.jsonl").exists():
-        # What a run has begun to learn from stays as it is.
-        for inner in needed:
-            check_same_run(inner, accept_changes, also=("train.num_steps",))
-    if needed and hosts.is_first() and not all(map(is_complete, needed)):
-        # What was asked for is written first, so that this directory can be resumed from now on.
-        make_folder(as_path(config.run_dir))
-        save_config(config, config.run_dir)
-    for inner in needed:
+    if hosts.of_first(is_complete(config)):
+        return True
+    for inner in trained_first(config, accept_changes):
         directory = within or config.run_dir
         if not train(inner, console, should_stop, accept_changes=accept_changes, within=directory):
             return False
-    if hosts.of_first(is_complete(config)):
-        return True
-    with console.status("loading the models"):
-        setup = make_setup(config)
-        run = Run(setup, console, should_stop, accept_changes, within or config.run_dir)
     try:
+        with console.status("loading the models"):
+            setup = make_setup(config)
+            run = Run(setup, console, should_stop, accept_changes, within or config.run_dir)
         with run:
             return run.loop()
     except Exception as error:
-        if not is_outage(error):
+        if not is_passing(error):
             raise
         # No mistake in what was given: the same command may go on.
         raise TrainingError(" ".join(str(error).split())) from error
@@ -246,7 +233,7 @@ class Run:
                 if self.is_save_due(step) or self.record.has_failed():
                     self.save(position)
             self.save(position)
-            self.evaluate(c.train.num_steps)
+            self.evaluate(int(self.state.step))
         except Stopped:
             # Until an iteration's first update nothing of it counts: it is done again on resume.
             self.save(position)
@@ -334,7 +321,7 @@ class Run:
 
     def score(
         self, rollouts: Rollouts, sources: Sequence[str], temperature: float, clock: Clock
-    ) -> tuple[list[Packed], Scored]:
+    ) -> tuple[list[Packed], Frozen]:
         """Minibatches in packed rows, and what frozen models say of them."""
         c = self.config
         self.reporter.stage("scoring")
@@ -352,7 +339,7 @@ class Run:
         return packed, scored
 
     def minibatches(
-        self, chosen: Chosen, packed: list[Packed], scored: Scored, temperature: float
+        self, chosen: Chosen, packed: list[Packed], scored: Frozen, temperature: float
     ) -> list[Minibatch]:
         """What the updates of this iteration are made from."""
         old_logprobs = None

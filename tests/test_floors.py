@@ -59,6 +59,7 @@ FLOORS = {
     "report": 6,
     "sample": 6,
     "train": 6,
+    "before": 5,
     "held_out": 5,
     "logged": 5,
     "main": 7,

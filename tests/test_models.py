@@ -337,6 +337,18 @@ def test_keep_layers_keeps_exactly_those() -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded(cut), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_heads_of_an_architecture_are_as_wide_as_it_says(family: str) -> None:
+    """Whatever the family's published models have."""
+    shape = ArchitectureConfig(
+        family=family, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    assert open_model(ModelConfig(architecture=shape), vocab_size=50).config.head_dim == 16
+    wider = shape.model_copy(update={"head_dim": 32})
+    assert open_model(ModelConfig(architecture=wider), vocab_size=50).config.head_dim == 32
+
+
 def test_architecture_gives_a_config_and_no_weights() -> None:
     shape = ArchitectureConfig(
         family="qwen2",

@@ -327,6 +327,36 @@ def test_runs_that_are_trained_first_have_this_run_s_seed_and_mesh(tmp_path):
     assert (first.seed, first.mesh, first.run_dir) == (5, config.mesh, str(tmp_path / "run" / "teacher"))
 
 
+def test_a_mistake_is_found_before_others_are_trained_and_can_be_mended(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    inner = config_file(tmp_path)
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(f"extends: {inner.name}\nteacher: {{run: {inner.name}}}\n")
+    argv = ["--config", str(outer), "log.dir=run"]
+    before = written(tmp_path)
+    assert main([*argv, "reward.verifier=numerc"]) == 2
+    assert "numerc" in capfd.readouterr().err
+    assert written(tmp_path) == before
+    assert main([*argv, "train.prompts_per_iteration=9"]) == 2
+    assert "prompts_per_iteration=9 does not divide" in capfd.readouterr().err
+    # Of the teacher's run it says whose they are.
+    inner.write_text(inner.read_text().replace("prompts_per_iteration: 8", "prompts_per_iteration: 9"))
+    assert main([*argv, "train.prompts_per_iteration=8"]) == 2
+    assert f"teacher.run={tmp_path / inner.name}, which is trained first: train.pro" in capfd.readouterr().err
+    assert written(tmp_path) == before
+
+
+def test_nothing_depends_on_settings_before_the_first_step(tmp_path):
+    config = load_config(config_file(tmp_path), [f"log.dir={tmp_path / 'run'}"])
+    other = load_config(config_file(tmp_path), [f"log.dir={tmp_path / 'run'}", "kd.coef=0.5"])
+    (tmp_path / "run").mkdir()
+    save_config(config, config.run_dir)
+    check_same_run(other)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=r"kd\.coef"):
+        check_same_run(other)
+
+
 def test_teacher_of_another_vocabulary_is_refused(tmp_path, monkeypatch, capfd):
     from tokenizers import Tokenizer, models
 

@@ -13,7 +13,7 @@ from kdrl_jax.models.families import Family, family_named
 from kdrl_jax.models.gguf import GGUFFile
 from kdrl_jax.models.hf import SafetensorsFolder, read_config
 from kdrl_jax.models.tensors import Row, TensorFile
-from kdrl_jax.paths import is_remote
+from kdrl_jax.paths import as_path, is_remote
 from kdrl_jax.types import Params
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,11 +64,6 @@ def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSourc
     if config.run is not None:
         raise ValueError(f"run={config.run!r} holds a trained checkpoint, not model files; give path instead")
     if config.architecture is not None:
-        if config.keep_layers is not None:
-            raise ValueError(
-                f"keep_layers={list(config.keep_layers)} cuts a model that is read from files; "
-                "with architecture set num_hidden_layers"
-            )
         if vocab_size is None:
             raise ValueError("architecture is given without the size of a vocabulary; give a tokenizer")
         return _from_architecture(config.architecture, vocab_size)
@@ -78,7 +73,7 @@ def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSourc
             f"path={config.path!r} is in a bucket, and weights are read from disks: copy them to each host "
             "(on a TPU slice tpu/setup.sh --prepare does) and give that folder"
         )
-    path = Path(config.path).expanduser()
+    path = as_path(config.path)
     if not path.exists() and _HUB_NAME.fullmatch(config.path) and path.suffix != ".gguf":
         path = _download(config.path)
     elif not path.exists():
@@ -96,8 +91,9 @@ def open_model(config: ModelConfig, vocab_size: int | None = None) -> ModelSourc
 
 def _from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> ModelSource:
     family = family_named(architecture.family)
-    # Its field names are config.json's.
+    # Its field names are config.json's. A family's own default of head_dim is that of its published models.
     fields = architecture.model_dump(exclude={"family"}) | {
+        "head_dim": architecture.head_dim or architecture.hidden_size // architecture.num_attention_heads,
         "vocab_size": vocab_size,
         "max_position_embeddings": DecoderConfig.max_positions,
     }
