@@ -231,6 +231,8 @@ def _check_ranges(c: "Config") -> None:
             reaches = smallest if smallest <= low else largest
             warmup = "; a warmup starts at 0" if schedule.warmup_steps else ""
             raise ValueError(f"{key} reaches {reaches:g}, but must stay {between}{warmup}")
+    if (lowest := bounds(c.optimizer.learning_rate)[0]) < 0:
+        raise ValueError(f"optimizer.learning_rate reaches {lowest:g}: below 0 it would climb the loss")
 
 
 def _check_counts(c: "Config") -> None:
@@ -257,11 +259,22 @@ def _check_counts(c: "Config") -> None:
         )
     if c.eval.every and not c.data.eval:
         raise ValueError(f"eval.every={c.eval.every} but data.eval names no source")
+    if c.checkpoint.keep_best and not (c.data.eval and (c.eval.greedy or c.eval.num_samples)):
+        raise ValueError(
+            f"checkpoint.keep_best={c.checkpoint.keep_best} ranks by held-out accuracy, and none is "
+            "measured: give data.eval, and eval.greedy or eval.num_samples"
+        )
     rows = c.train.prompts_per_iteration * c.rollout.group_size
     if rows % c.train.num_minibatches:
         raise ValueError(
             f"{rows} rows (prompts_per_iteration x group_size) do not divide into "
             f"train.num_minibatches={c.train.num_minibatches}"
+        )
+    if c.groups_per_batch > c.train.prompts_per_iteration and c.train.num_minibatches == c.groups_per_batch:
+        raise ValueError(
+            f"train.num_minibatches={c.train.num_minibatches} is one for each group, and rl.resample_rounds "
+            "beside kd.coef may find fewer: use at most "
+            f"train.prompts_per_iteration={c.train.prompts_per_iteration}"
         )
     if c.train.num_steps % c.train.updates_per_iteration:
         raise ValueError(

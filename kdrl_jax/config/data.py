@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kdrl_jax.config.base import Count, Fraction, Positive, Section
+from kdrl_jax.config.base import AboveZero, Count, Fraction, Positive, Section
 from kdrl_jax.config.mappings import MAPPINGS
 
 
 class _Source(Section):
-    weight: Annotated[float, Field(strict=True, gt=0)] = 1.0
+    weight: AboveZero = 1.0
     """Share of draws in a mixture, relative to the other sources of data.train."""
     teacher: str | None = None
     """Which of `teachers` scores the completions of these questions."""

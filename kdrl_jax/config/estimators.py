@@ -61,7 +61,7 @@ def check_pair(estimator: str, placement: str) -> None:
     """Raises ValueError, with the reason and the alternative, unless the pair is allowed."""
     if (estimator, placement) in ALLOWED:
         return
-    reason = REFUSED.get((estimator, placement), "there is no such pair")
+    reason = REFUSED[estimator, placement]
     raise ValueError(f"kd.estimator={estimator} with kd.placement={placement}: {reason}")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kdrl_jax.config.base import Flag, Positive, Real, Section
+from kdrl_jax.config.base import AboveZero, Flag, Positive, Real, Section
 
 DType = Literal["float32", "bfloat16"]
 
@@ -53,7 +53,7 @@ class LoRAConfig(Section):
     thin matrices is trained beside each. Checkpoints hold the adapters alone."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(strict=True, gt=0)] = 32.0
+    alpha: AboveZero = 32.0
     """An adapter's product is multiplied by alpha / rank."""
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = Field(
         default=("q", "k", "v", "o", "gate", "up", "down"), min_length=1

@@ -16,9 +16,6 @@ completion tokens, kept or not; `sequences`, the completions it keeps, each coun
 OpenFraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
 
 
-DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"]
-
-
 class RLConfig(Section):
     """The policy term: task reward, compared within each group."""
 

@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kdrl_jax.config.base import AboveZero, Count, Flag, Fraction, Int, NonNegative, Positive, Real, Section
+from kdrl_jax.config.base import (
+    AboveZero,
+    Count,
+    Decay,
+    Flag,
+    Fraction,
+    Int,
+    NonNegative,
+    Positive,
+    Real,
+    Section,
+)
 from kdrl_jax.config.checks import check_contradictions
 from kdrl_jax.config.data import DataConfig
 from kdrl_jax.config.models import ModelConfig, TokenizerConfig
@@ -59,7 +70,7 @@ class RewardConfig(Section):
     shaping: dict[str, Real] = Field(default_factory=dict)
     """Further reward functions and their weights, added to the verifier's score, e.g. `{format: 0.1}`."""
     num_workers: Positive = 2
-    time_limit_s: AboveZero = 2.0
+    time_limit_s: Annotated[float, Field(strict=True, gt=0, le=86400)] = 2.0
     """A worker that needs longer for one answer is killed and replaced; the answer scores 0."""
     overlong_buffer: Count = 0
     """Completions that come within so many tokens of what they may have lose reward, in proportion
@@ -78,8 +89,8 @@ class OptimizerConfig(Section):
     layers' matrices orthogonal, at AdamW's scale (arXiv 2502.16982), and trains all else by AdamW. The memory
     of each is in docs/optimizers.md."""
     learning_rate: Schedule = constant(1e-6)
-    b1: Fraction = 0.9
-    b2: Fraction = 0.95
+    b1: Decay = 0.9
+    b2: Decay = 0.95
     eps: AboveZero = 1e-8
     weight_decay: NonNegative = 0.0
     """Decoupled, as AdamW's; applied to matrices, not to norms and biases."""
@@ -143,7 +154,7 @@ class MeshConfig(Section):
     data: Int = 1
     fsdp: Int = -1
     tensor: Int = 1
-    host_timeout_s: Annotated[float, Field(strict=True, ge=5)] = 60.0
+    host_timeout_s: Annotated[float, Field(strict=True, ge=5, allow_inf_nan=False)] = 60.0
     """In a job of several hosts, the seconds after which one that is not heard from has failed, which ends
     the job on all of them. One that ends is noticed at once."""
     cpu_devices: Positive | None = None

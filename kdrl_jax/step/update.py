@@ -50,6 +50,8 @@ def make_update(
         lr = learning_rate(state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            # Finite gradients may still divide by a moment that is 0.
+            taken &= jnp.isfinite(optax.global_norm(updates))
             params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(taken, new, old),
