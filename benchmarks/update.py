@@ -104,7 +104,7 @@ def ours(folder: Path, variant: str, parent: Path) -> Step:
     config = Config.model_validate(tree)
     jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     jax.config.update("jax_default_matmul_precision", "float32")
-    run = Run(make_setup(config), Path(config.run_dir), Console(quiet=True), lambda: False, "")
+    run = Run(make_setup(config), Console(quiet=True), lambda: False, False, config.run_dir)
 
     def step() -> dict[str, Any]:
         run.iteration()
