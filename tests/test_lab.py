@@ -326,6 +326,22 @@ class TestTables:
             {"KDRL": self.runs()["kdrl"]}, PROTOCOL.new_kinds, "strong"
         )
 
+    def test_a_best_value_at_an_edge_is_said_so(self) -> None:
+        """Of three or more; of schedules by what they differ in."""
+
+        def table(method: str, *settings: dict[str, Any]) -> str:
+            jobs = [Job(method, None, 7, frozen(each)) for each in settings]
+            return trials_table({method: [record_of(job, 0.5 - i / 10) for i, job in enumerate(jobs)]})
+
+        rates = [{"optimizer.learning_rate.start": rate} for rate in (2e-3, 1e-3, 4e-3)]
+        assert "edge" not in table("grpo", *rates)
+        assert "**rate 0.004: 50.0** (at the edge: rate)" in table("grpo", *reversed(rates))
+        assert "edge" not in table("kdrl", {"kd.coef": 0.1}, {"kd.coef": 0.5})
+        for method, where in (("kdrl_anneal", "kd.coef"), ("kd_then_rl", "switch")):
+            points = PROTOCOL.methods[method].points[:3]
+            assert f"(at the edge: {where})" in table(method, *points)
+            assert "edge" not in table(method, points[1], points[0], points[2])
+
     def test_one_seed_has_no_interval(self) -> None:
         one = {method: records[:1] for method, records in self.runs().items()}
         assert "| KDRL | +10.0 | +10.0 |" in differences_table(one, PROTOCOL.new_kinds)
@@ -403,7 +419,7 @@ class TestResults:
         assert set((RESULTS / "runs").rglob("*.json")) == known
 
     def test_models_lie_in_their_ranges(self, lab: Lab) -> None:
-        found = {name: measures(summary.known_model(lab, name), PROTOCOL.new_kinds) for name in MODELS}
+        found = {name: measures(lab.known_model(name), PROTOCOL.new_kinds) for name in MODELS}
         for key in ("avg@8", "greedy"):
             assert found["strong"][key] >= 95
             assert 70 <= found["imperfect"][key] <= 85
@@ -414,8 +430,8 @@ class TestResults:
     def test_reward_and_teacher_each_improve_on_the_student(
         self, lab: Lab, method: str, teacher: Teacher
     ) -> None:
-        before = measures(summary.known_model(lab, "student"), PROTOCOL.new_kinds)["avg@8"]
-        for record in summary.finals(lab, teacher)[method]:
+        before = measures(lab.known_model("student"), PROTOCOL.new_kinds)["avg@8"]
+        for record in lab.finals(teacher)[method]:
             assert measures(record, PROTOCOL.new_kinds)["avg@8"] > before
 
     def test_configs_are_those_of_the_records(self, lab: Lab) -> None:

@@ -81,7 +81,7 @@ def decisive(config: Config) -> dict[str, Any]:
         del tree[section]
     for role in ("student", "teacher"):
         if tree[role] is not None and tree[role]["run"] is not None:
-            tree[role]["run"] = Path(tree[role]["run"]).name
+            tree[role]["run"] = Path(tree[role]["run"]).name.removesuffix(".yaml")
     return tree
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from benchmarks.lab.measures import measures
 from benchmarks.lab.protocol import TEACHERS
-from benchmarks.lab.records import Record
 from benchmarks.lab.runner import Lab
 from benchmarks.lab.statistics import mean_of
 from benchmarks.lab.tables import NAMES
@@ -34,12 +33,12 @@ TRAINING = {
 def curves(lab: Lab) -> list[Path]:
     """Validation accuracy over updates. This and the others raise LookupError: a run is missing."""
     fig, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for ax, (teacher, runs) in zip(axes, _finals(lab).items(), strict=True):
+    for ax, (teacher, runs) in zip(axes, {t: lab.finals(t) for t in TEACHERS}.items(), strict=True):
         for method, records in runs.items():
             steps = records[0]["validation"]["step"]
             values_SE = 100 * np.array([r["validation"]["sampled/accuracy"] for r in records])
             _line(ax, method, steps, values_SE)
-        level = 100 * _model(lab, teacher)["validation"]["sampled/accuracy"][-1]
+        level = 100 * lab.known_model(teacher)["validation"]["sampled/accuracy"][-1]
         ax.axhline(level, color="#666666", lw=1, ls=(0, (6, 3)))
         ax.annotate("the teacher", (0, level), xytext=(2, 3), textcoords="offset points", fontsize=9)
         ax.set_title(f"{teacher} teacher ({len(runs['grpo'])} seeds; bands: lowest to highest)", fontsize=11)
@@ -54,7 +53,7 @@ def results(lab: Lab) -> list[Path]:
     """Test accuracy of every method, with 95 % intervals over seeds."""
     new_kinds = lab.protocol.new_kinds
     fig, axes = plt.subplots(2, 2, figsize=(13, 7), sharey=True)
-    for row, (teacher, runs) in zip(axes, _finals(lab).items(), strict=True):
+    for row, (teacher, runs) in zip(axes, {t: lab.finals(t) for t in TEACHERS}.items(), strict=True):
         for ax, key, title in zip(row, ("avg@8", "avg@8 new"), ("known kinds", "the new kind"), strict=True):
             for y, (method, records) in enumerate(runs.items()):
                 values = [measures(record, new_kinds)[key] for record in records]
@@ -62,7 +61,7 @@ def results(lab: Lab) -> list[Path]:
                 ax.errorbar(mean.value, y, xerr=mean.half, fmt="o", color=COLOURS[method], capsize=3)
                 ax.plot(values, [y + 0.25] * len(values), "|", color=COLOURS[method], ms=7, alpha=0.7)
             for name, ls in ((teacher, (0, (6, 3))), ("student", ":")):
-                ax.axvline(measures(_model(lab, name), new_kinds)[key], color="#666666", lw=1, ls=ls)
+                ax.axvline(measures(lab.known_model(name), new_kinds)[key], color="#666666", lw=1, ls=ls)
             ax.set_yticks(range(len(runs)), [NAMES[m] for m in runs])
             ax.set_title(f"{teacher} teacher, {title}: avg@8 (%)", fontsize=11)
             _quiet(ax)
@@ -77,7 +76,7 @@ def results(lab: Lab) -> list[Path]:
 def training(lab: Lab) -> list[Path]:
     """What training itself has measured, of those that sample: means over seeds, of ten updates each."""
     fig, axes = plt.subplots(2, len(TRAINING), figsize=(17, 7.5), sharex=True, sharey="col")
-    for row, (teacher, runs) in zip(axes, _finals(lab).items(), strict=True):
+    for row, (teacher, runs) in zip(axes, {t: lab.finals(t) for t in TEACHERS}.items(), strict=True):
         for ax, (key, title) in zip(row, TRAINING.items(), strict=True):
             for method, records in runs.items():
                 if method in ("sft", "seq_kd") or any(key not in r["metrics"] for r in records):
@@ -121,21 +120,6 @@ def coefficients(lab: Lab) -> list[Path]:
         _quiet(ax)
     axes[1].legend(fontsize=8, frameon=False)
     return _save(fig, lab, "coefficients.png")
-
-
-def _finals(lab: Lab) -> dict[str, dict[str, list[Record]]]:
-    """Teacher -> method -> records, by seed."""
-    return {
-        teacher: {m: [lab.plan.known(job) for job in jobs] for m, jobs in lab.plan.finals(teacher).items()}
-        for teacher in TEACHERS
-    }
-
-
-def _model(lab: Lab, name: str) -> Record:
-    record = lab.model_record(name)
-    if record is None:
-        raise LookupError(f"the model {name} has not been trained")
-    return record
 
 
 def _line(ax: Any, method: str, steps: Any, values_SE: np.ndarray) -> None:

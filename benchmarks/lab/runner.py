@@ -6,7 +6,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from benchmarks.lab.jobs import Job, carry_out, decisive, frozen, test_all, thaw
 from benchmarks.lab.plan import Plan
 from benchmarks.lab.processes import Processes
 from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models, Protocol, Teacher
-from benchmarks.lab.records import Record, Records, make_model_record, make_record
+from benchmarks.lab.records import Record, Records, made_with, make_model_record, make_record
 from kdrl_jax.config import Config, load_config
 
 Say = Callable[[str], None]
@@ -50,8 +50,23 @@ class Lab:
         """What is known of a model, if it is of the settings that it has now."""
         return self._cached(f"models/{name}", lambda path: self._read_model(path, name))
 
+    def known_model(self, name: str) -> Record:
+        """Raises LookupError: it has not been trained."""
+        record = self.model_record(name)
+        if record is None:
+            raise LookupError(f"the model {name} has not been trained")
+        return record
+
+    def finals(self, teacher: Teacher) -> dict[str, list[Record]]:
+        """Method -> its reported records beside a teacher, by seed. Raises LookupError: one is missing."""
+        return self.known(self.plan.finals(teacher))
+
+    def known(self, jobs: Mapping[str, Sequence[Job]]) -> dict[str, list[Record]]:
+        """Raises LookupError: one has not run."""
+        return {name: [self.plan.known(job) for job in each] for name, each in jobs.items()}
+
     def _cached(self, name: str, read: Callable[[str], Record | None]) -> Record | None:
-        """A file is looked at again when it has changed. Settings are those of the lab's start."""
+        """A file is looked at again when it has changed."""
         path = self.records.path(name)
         when = path.stat().st_mtime_ns if path.exists() else None
         known = self._known.get(name)
@@ -123,11 +138,13 @@ class Lab:
                 raise
 
     def _run_job(self, job: Job, core: int | None) -> float:
-        models = {name: self._fingerprint(name) for name in job.models}
+        models, code = {name: self._fingerprint(name) for name in job.models}, made_with()
         run_dir, seconds = carry_out(job, self.models, self.runs, self._processes, core)
         record = make_record(job, models, run_dir, seconds)
-        if _of_today(record["config"]) != decisive(job.config()):
-            raise ValueError(f"{job.name}: configs/lab was changed while it ran; run the lab again")
+        if _of_today(record["config"]) != decisive(job.config()) or record["made_with"] != code:
+            raise ValueError(
+                f"{job.name}: configs/lab or the code was changed while it ran; run the lab again"
+            )
         self.records.write(f"runs/{job.name}", record)
         _remove(run_dir)
         return seconds

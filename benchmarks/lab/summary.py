@@ -10,7 +10,7 @@ from benchmarks.lab.jobs import Job
 from benchmarks.lab.protocol import CONFIGS, TEACHERS, Models, Teacher
 from benchmarks.lab.records import Record
 from benchmarks.lab.runner import Lab
-from kdrl_jax.config import Config, save_config
+from kdrl_jax.config import load_config, save_config
 
 ROOT = CONFIGS.parents[1]
 RESULTS = ROOT / "results" / "lab"
@@ -60,11 +60,11 @@ def _makers(lab: Lab) -> dict[str, Callable[[], str]]:
     new_kinds = lab.protocol.new_kinds
 
     def models() -> dict[str, Record]:
-        return {name: known_model(lab, name) for name in Models.model_fields}
+        return {name: lab.known_model(name) for name in Models.model_fields}
 
     makers: dict[str, Callable[[], str]] = {
         "models": lambda: tables.models_table(models(), new_kinds),
-        "summary": lambda: tables.summary_table({t: finals(lab, t) for t in TEACHERS}, models(), new_kinds),
+        "summary": lambda: tables.summary_table({t: lab.finals(t) for t in TEACHERS}, models(), new_kinds),
     }
     for teacher in TEACHERS:
         makers |= _beside(lab, teacher)
@@ -77,41 +77,23 @@ def _makers(lab: Lab) -> dict[str, Callable[[], str]]:
 def _beside(lab: Lab, teacher: Teacher) -> dict[str, Callable[[], str]]:
     new_kinds, methods = lab.protocol.new_kinds, lab.protocol.methods
     return {
-        f"methods, {teacher} teacher": lambda: tables.methods_table(finals(lab, teacher), new_kinds, teacher),
-        f"differences, {teacher} teacher": lambda: tables.differences_table(finals(lab, teacher), new_kinds),
-        f"speed, {teacher} teacher": lambda: tables.speed_table(finals(lab, teacher)),
+        f"methods, {teacher} teacher": lambda: tables.methods_table(lab.finals(teacher), new_kinds, teacher),
+        f"differences, {teacher} teacher": lambda: tables.differences_table(lab.finals(teacher), new_kinds),
+        f"speed, {teacher} teacher": lambda: tables.speed_table(lab.finals(teacher)),
         f"trials, {teacher} teacher": lambda: tables.trials_table(
-            records_of(lab, {method: lab.plan.trials(method, teacher) for method in methods})
+            lab.known({method: lab.plan.trials(method, teacher) for method in methods})
         ),
     }
 
 
 def _ablation(lab: Lab, name: str, teacher: Teacher) -> str:
-    variants = records_of(lab, lab.plan.ablation(name, teacher))
+    variants = lab.known(lab.plan.ablation(name, teacher))
     return tables.ablation_table(variants, lab.protocol.new_kinds, teacher)
-
-
-def finals(lab: Lab, teacher: Teacher) -> dict[str, list[Record]]:
-    """Method -> its reported records beside a teacher, by seed. Raises LookupError: one is missing."""
-    return records_of(lab, lab.plan.finals(teacher))
 
 
 def all_jobs(lab: Lab) -> list[Job]:
     """Every run of the lab. Raises LookupError: trials are missing."""
     return list(dict.fromkeys([*lab.plan.all_trials(), *lab.plan.all_finals(), *lab.plan.all_ablations()]))
-
-
-def records_of(lab: Lab, jobs: Mapping[str, list[Job]]) -> dict[str, list[Record]]:
-    """Raises LookupError: one has not run."""
-    return {name: [lab.plan.known(job) for job in each] for name, each in jobs.items()}
-
-
-def known_model(lab: Lab, name: str) -> Record:
-    """Raises LookupError: it has not been trained."""
-    record = lab.model_record(name)
-    if record is None:
-        raise LookupError(f"the model {name} has not been trained")
-    return record
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:
@@ -126,12 +108,14 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 
 
 def _write_configs(lab: Lab) -> list[Path]:
-    """The resolved config of each method with what was chosen for it, as its first seed was run."""
+    """The config of each method with what was chosen for it, as its first seed was run: but where it lies,
+    and with the configs of its models in the place of what was trained from them."""
+    models = {name: CONFIGS.relative_to(ROOT) / f"{name}.yaml" for name in Models.model_fields}
     written = []
     for teacher in TEACHERS:
         for method, jobs in lab.plan.finals(teacher).items():
             folder = lab.records.out / "configs" / (jobs[0].teacher or "no_teacher") / method
             folder.mkdir(parents=True, exist_ok=True)
-            save_config(Config.model_validate(lab.plan.known(jobs[0])["config"]), folder)
+            save_config(load_config(CONFIGS / f"{method}.yaml", jobs[0].overrides(models)), folder)
             written.append(folder / "config.yaml")
     return list(dict.fromkeys(written))

@@ -133,10 +133,24 @@ def trials_table(trials: Runs) -> str:
 
 def _edges(chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """The settings whose least or greatest value of at least three was chosen."""
-    for key, value in chosen.items():
-        values = [settings[key] for settings in tried]
-        if not isinstance(value, dict) and len(set(values)) >= 3 and value in (min(values), max(values)):
-            yield "rate" if key.startswith("optimizer.") else key
+    for key in chosen:
+        value, values = _size(chosen[key]), {_size(settings[key]) for settings in tried}
+        # A switch is one setting, although both coefficients say it.
+        if key != "rl.coef" and len(values) >= 3 and value in (min(values), max(values)):
+            yield _name(key, chosen[key])
+
+
+def _size(value: Any) -> float:
+    """What schedules of one kind differ in."""
+    if not isinstance(value, dict):
+        return float(value)
+    return float(value["a"] if value["kind"] == "max_linear" else max(map(int, value["values"])))
+
+
+def _name(key: str, value: Any) -> str:
+    if key.startswith("optimizer."):
+        return "rate"
+    return "switch" if isinstance(value, dict) and value["kind"] == "piecewise" else key
 
 
 def ablation_table(variants: Runs, new_kinds: Sequence[str], teacher: Teacher) -> str:
