@@ -50,7 +50,7 @@ from kdrl_jax.rounds import (
 from kdrl_jax.runs import check_same_run, is_complete
 from kdrl_jax.scoring.packer import Packed, config_pack_shape, pack_rollouts
 from kdrl_jax.self_check import self_check
-from kdrl_jax.setup import Setup, make_setup, record_base
+from kdrl_jax.setup import Setup, make_setup, record_models
 from kdrl_jax.step import Minibatch, Objective, make_diagnostics, make_update
 from kdrl_jax.types import Metrics, Params, Rollouts, TrainingError, TrainState
 
@@ -138,7 +138,7 @@ class Run:
             self.alarms.at(metrics)
         if len(before) < step:
             self.notes.append(f"metrics.jsonl has {len(before)} of the {step} steps before; the rest is lost")
-        record_base(c)
+        record_models(c)
         self.reporter = Reporter(console, c.name, step, c.train.num_steps, before)
         self.compiles = Compiles()
         self.profiler = Profiler(run_dir / "profile", c.log.profile_steps)

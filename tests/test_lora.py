@@ -33,7 +33,7 @@ from kdrl_jax.models.decoder import make_model
 from kdrl_jax.models.head import head_logits
 from kdrl_jax.optim import make_optimizer
 from kdrl_jax.rollout.sampling import seed_key
-from kdrl_jax.setup import abstract_params, make_setup, record_base
+from kdrl_jax.setup import abstract_params, make_setup, record_models
 from kdrl_jax.step import Objective, make_update
 from kdrl_jax.train import train
 from kdrl_jax.types import TrainState
@@ -364,7 +364,7 @@ def test_other_runs_begin_from_merged_weights(tmp_path, trained):
     assert abs(metrics(tmp_path / "run")[0]["kd/reverse_kl"]) < 1e-6
 
 
-def test_adapters_are_not_put_on_a_base_that_has_gone_on(tmp_path, trained):
+def test_a_model_of_another_run_stays_the_one_that_was_begun_with(tmp_path, trained):
     shutil.copytree(trained, tmp_path / "base")
     tree = {**TREE, **SECTIONS, "student": {"run": str(tmp_path / "base"), "lora": {"rank": 1}}}
     del tree["teacher"]
@@ -372,9 +372,17 @@ def test_adapters_are_not_put_on_a_base_that_has_gone_on(tmp_path, trained):
     (tmp_path / "next.yaml").write_text(yaml.safe_dump(tree))
     config = load_config(tmp_path / "next.yaml")
     (tmp_path / "run").mkdir()
-    record_base(config)
-    make_setup(config)
+    record_models(config)
+    before = make_setup(config).frozen
     checkpoints = tmp_path / "base" / "checkpoints"
-    shutil.copytree(checkpoints / "4", checkpoints / "5")
-    with pytest.raises(ValueError, match=r"trained on step 4 of .*, which is at step 5 now"):
+    # Other weights, of a run that has gone on.
+    shutil.copytree(checkpoints / "2", checkpoints / "5")
+    jax.tree.map(np.testing.assert_array_equal, make_setup(config).frozen, before)
+    shutil.rmtree(checkpoints / "4")
+    with pytest.raises(
+        ValueError, match=r"was begun with step 4 of .* as its student, .* there are 2, 5; put"
+    ):
         make_setup(config)
+    (tmp_path / "run" / "models.json").unlink()
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), make_setup(config).frozen, before)
+    assert any(jax.tree.leaves(changed))

@@ -4,7 +4,8 @@ from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_confi
 from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kdrl_jax.models.load import ModelSource, open_model
 from kdrl_jax.runs import Role, model_of, run_of
-from kdrl_jax.setup.parameters import Found, load_run
+from kdrl_jax.setup.parameters import Found, load_run, recorded_step
+from kdrl_jax.types import Params
 
 
 class Finder:
@@ -41,8 +42,20 @@ class Finder:
         model, run = model_of(config, role), run_of(config, role)
         if run is not None:
             trained = load_run_config(run)
-            inner = self.find(trained, "student", num_tokens)
-            return Found(inner.config, lambda abstract: load_run(run, trained, inner, abstract), inner.source)
+            inner, step = self.find(trained, "student", num_tokens), recorded_step(config, role)
+
+            def load_recorded(abstract: Params) -> Params:
+                try:
+                    return load_run(run, trained, inner, abstract, step)
+                except ValueError as error:
+                    if step is None:
+                        raise
+                    raise ValueError(
+                        f"{config.run_dir} was begun with step {step} of {run} as its {role}, and goes on "
+                        f"with no other: {error}; put that checkpoint back, or begin in another log.dir"
+                    ) from error
+
+            return Found(inner.config, load_recorded, inner.source)
         source = self._open(model) if model.path is not None else open_model(model, num_tokens)
         load = source.load if source.has_weights else None
         return Found(source.config, load, source, loads_int8=True)

@@ -21,10 +21,10 @@ from kdrl_jax.models.load import ModelSource
 from kdrl_jax.models.quantize import quantize_params
 from kdrl_jax.paths import as_path
 from kdrl_jax.rollout.sampling import seed_key
-from kdrl_jax.runs import run_of
+from kdrl_jax.runs import Role, roles, run_of
 from kdrl_jax.types import Params
 
-_BASE = "base.json"
+_MODELS = "models.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,6 @@ def load_run(run: Path, trained: Config, base: Found, abstract: Params, step: in
     holding = holding_of(trained.student)
     if holding.lora is None:
         return _restore(run, abstract, step)
-    check_base(trained)
     student = make_model(base.config, dtype_of(trained.student), holding)
     saved = _restore(run, abstract_trainable(student, mesh), step)
     # Not in the type it was computed in: what was not trained is given on as it was read.
@@ -116,37 +115,28 @@ def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:
         checkpoints.close()
 
 
-def _base_step(config: Config) -> int | None:
-    """The checkpoint of another run that adapters are trained on; None where they are not."""
-    run = run_of(config, "student")
-    if config.student.lora is None or run is None:
-        return None
+def record_models(config: Config) -> None:
+    """Writes down, once, which checkpoints of other runs a run is begun with: those may be trained on."""
+    file = as_path(config.run_dir) / _MODELS
+    if not hosts.is_first() or file.exists():
+        return
+    steps = {
+        role: (str(run), _newest(run)) for role in roles(config) if (run := run_of(config, role)) is not None
+    }
+    if steps:
+        write_json(file, {role: {"run": run, "step": step} for role, (run, step) in steps.items()})
+
+
+def recorded_step(config: Config, role: Role) -> int | None:
+    """The checkpoint that a role's model is from; None before it was written down: the newest."""
+    file = as_path(config.run_dir) / _MODELS
+    found = read_json(file).get(role) if file.exists() else None
+    return None if found is None else int(found["step"])
+
+
+def _newest(run: Path) -> int | None:
     checkpoints = Checkpoints(run)
     try:
         return checkpoints.latest_step
     finally:
         checkpoints.close()
-
-
-def record_base(config: Config) -> None:
-    """Writes down which checkpoint a run's adapters are trained on, once."""
-    file, step = as_path(config.run_dir) / _BASE, _base_step(config)
-    if step is not None and hosts.is_first() and not file.exists():
-        write_json(file, {"run": str(run_of(config, "student")), "step": step})
-
-
-def check_base(config: Config) -> None:
-    """Adapters mean nothing on other weights than those they were trained on.
-
-    Raises:
-        ValueError: the run they came from has been trained further.
-    """
-    file = as_path(config.run_dir) / _BASE
-    if not file.exists():
-        return
-    began, now = read_json(file), _base_step(config)
-    if began["step"] != now:
-        raise ValueError(
-            f"{config.run_dir}: its adapters were trained on step {began['step']} of {began['run']}, which "
-            f"is at step {now} now; put that checkpoint back, or train new adapters in another log.dir"
-        )

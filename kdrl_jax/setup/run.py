@@ -29,7 +29,6 @@ from kdrl_jax.setup.finder import Finder, Found, choose_tokenizer
 from kdrl_jax.setup.parameters import (
     abstract_params,
     abstract_trainable,
-    check_base,
     dtype_of,
     holding_of,
     load_params,
@@ -297,7 +296,6 @@ def _prepare_student(
     config: Config, found: Found, student: Model, mesh: Mesh
 ) -> tuple[Params, Callable[[], Params]]:
     """(what is not trained, how what is trained begins)."""
-    check_base(config)
     if student.holding.lora is None:
         return {}, lambda: load_params(found, student, mesh, jnp.float32, config.seed)
     frozen = load_params(found, make_model(student.config), mesh, dtype_of(config.student), config.seed)
