@@ -147,11 +147,13 @@ def completion_metrics(lengths: np.ndarray, ended: np.ndarray, repeats: Sequence
 
 def reward_metrics(rewards_B: np.ndarray, correct_B: np.ndarray, num_errors: int, group_size: int) -> Metrics:
     """Rewards of an iteration; groups with unequal rewards are the only ones with an RL gradient."""
-    spread = np.ptp(rewards_B.reshape(-1, group_size), axis=1)
+    rewards_PG = rewards_B.reshape(-1, group_size)
+    # As `objective.advantages.has_signal` has it.
+    differ_P = np.ptp(rewards_PG, axis=1) > 1e-6 * np.maximum(np.abs(rewards_PG).max(axis=1), 1.0)
     return {
         "reward/mean": float(rewards_B.mean()),
         "reward/solved_frac": float(correct_B.mean()),
-        "reward/mixed_groups_frac": float((spread > 1e-6).mean()),
+        "reward/mixed_groups_frac": float(differ_P.mean()),
         "reward/errors": num_errors,
     }
 

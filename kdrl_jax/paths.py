@@ -4,6 +4,7 @@ A bucket's path is etils' (the one that orbax takes), which speaks through fsspe
 folder is there once something is in it, an object is written whole or not at all, and nothing is appended.
 """
 
+import errno
 import importlib.util
 import io
 import logging
@@ -151,11 +152,14 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 _WRONG_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_WRONG = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 def is_passing(error: BaseException) -> bool:
     """Whether it is an outage that may be over at the next try: no wrong name, no missing right."""
-    return is_outage(error) and not isinstance(error, (*_WRONG_NAMES, PermissionError))
+    if isinstance(error, (*_WRONG_NAMES, PermissionError)) or getattr(error, "errno", None) in _WRONG:
+        return False
+    return is_outage(error)
 
 
 def make_folder(path: Path) -> None:

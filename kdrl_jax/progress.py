@@ -102,7 +102,7 @@ def progress_words(done: int, of: int, pace: Pace) -> str:
     if not of:
         return ""
     left = pace.left(done, of)
-    return f": {done} of {of}" + ("" if left is None else f", {_duration(left)} left")
+    return f": {done} of {of}" + ("" if left is None else f", {duration(left)} left")
 
 
 class Reporter:
@@ -203,7 +203,7 @@ class Reporter:
             now = time.monotonic()
             if now - max(self._last_line, self._began) >= STAGE_EVERY_S and self._what:
                 self._last_line = now
-                took = _duration(now - self._began)
+                took = duration(now - self._began)
                 self.note(f"step {self._step}/{self._total}  {self._stage}, for {took} now")
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ class Reporter:
             self._warm = (step, now)
         self._table.add(metrics)
         self._step, self._what = step, ""
-        left = f"{_duration(self._left(step, now))} left"
+        left = f"{duration(self._left(step, now))} left"
         self._stage = text = "  ".join([*_numbers(metrics), left])
         self._progress.update(self._task, completed=step, status=left)
         is_last = step >= self._total
@@ -250,7 +250,8 @@ def _numbers(metrics: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
+    """As `0:07` or `1:02:03`; `?` for what is not known."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

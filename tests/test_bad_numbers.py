@@ -4,8 +4,10 @@ import dataclasses
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_runs import config_file, metrics, run
 
@@ -62,6 +64,25 @@ def test_a_step_skipped_is_as_if_nothing_was_learnt_from_it(tmp_path, poison):
     assert first["grad_norm"] is None
     assert np.isfinite(second["loss"])
     assert second["sampler/logprob_gap"] < 1e-4
+
+
+def test_an_update_that_is_no_number_is_left_out_whatever_its_gradient(tmp_path, monkeypatch):
+    """As 0 / 0 of an optimizer's moments."""
+    make_update = train_module.make_update
+
+    def bad(objective, optimizer):
+        def update(grads, state, params):
+            updates, state = optimizer.update(grads, state, params)
+            return jax.tree.map(lambda x: x * jnp.nan, updates), state
+
+        return make_update(objective, optax.GradientTransformation(optimizer.init, update))
+
+    monkeypatch.setattr(train_module, "make_update", bad)
+    run(tmp_path, "run", train={"num_steps": 2})
+    rows = metrics(tmp_path / "run")
+    assert [row["skipped_updates"] for row in rows] == [1, 2]
+    assert all(np.isfinite([row["loss"], row["grad_norm"]]).all() for row in rows)
+    assert rows[1]["sampler/logprob_gap"] < 1e-4
 
 
 def test_bad_steps_in_a_row_stop_the_run_with_an_explanation(tmp_path, poison, capfd):

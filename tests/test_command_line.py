@@ -21,7 +21,8 @@ from kdrl_jax.config import (
     save_config,
 )
 from kdrl_jax.config.load import _Dumper
-from kdrl_jax.main import main
+from kdrl_jax.main import explain, main
+from kdrl_jax.types import TrainingError
 
 GOOD: dict[str, Any] = {
     "name": "good",
@@ -130,6 +131,8 @@ BAD_INVOCATIONS = [
     ["good.yaml", "export"],
     ["good.yaml", "export", "out="],
     ["good.yaml", "export", "out=a\0b"],
+    ["good.yaml", "export", "out=~nobody-of-this-name/a"],
+    ["~nobody-of-this-name/good.yaml"],
     ["good.yaml", "export", "out=x", "step=3"],
     ["good.yaml", "export", "out=x", "dtype=float8"],
     ["good.yaml", "export", "out=x", "max_shard_gib=0"],
@@ -139,6 +142,23 @@ BAD_INVOCATIONS = [
     ["model.gguf", "export", "out=x"],
     ["model.gguf"],
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (TimeoutError("no answer"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (PermissionError("not yours"), 2),
+        (FileNotFoundError("no such file"), 2),
+        (ValueError("wrong"), 2),
+        (TrainingError("NaN"), 1),
+    ],
+)
+def test_only_a_mistake_has_the_status_after_which_nothing_is_tried_again(error, status):
+    said = explain(error)
+    assert said is not None
+    assert said[1] == status
 
 
 def one_line(argv: list[str], cwd: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -288,6 +288,8 @@ def test_an_out_that_holds_something_is_refused_before_anything_is_read(tmp_path
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link_to_empty").symlink_to(tmp_path / "empty")
     tree = {
         "name": "absent",
         "student": {"path": "absent/model"},
@@ -296,14 +298,14 @@ def test_an_out_that_holds_something_is_refused_before_anything_is_read(tmp_path
     }
     (tmp_path / "absent.yaml").write_text(yaml.safe_dump(tree))
     before = files(tmp_path)
-    for name in ("full", "file", "link"):
+    for name in ("full", "file", "link", "link_to_empty"):
         said = refused(capsys, "--config", str(tmp_path / "absent.yaml"), f"out={tmp_path / name}")
         assert f"out={tmp_path / name}" in said
     said = refused(capsys, "--config", str(tmp_path / "absent.yaml"), f"out={tmp_path / 'free' / 'deep'}")
     assert "absent/model" in said
     assert files(tmp_path) == before
     empty = tmp_path / "empty"
-    empty.mkdir()
+    empty.mkdir(exist_ok=True)
     exported(golden_model(tmp_path / "source", "llama"), empty)
     assert (empty / "model.safetensors").exists()
 

@@ -6,7 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kdrl_jax.progress import LINE_EVERY_S
+from kdrl_jax.progress import LINE_EVERY_S, Pace, duration
 
 
 class EvalProgress:
@@ -18,7 +18,7 @@ class EvalProgress:
         # Of the pass that goes on: where it began.
         self._before = 0
         # The first batch compiles: the time left is counted from its end.
-        self._warm: tuple[int, float] | None = None
+        self._pace = Pace()
         self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -61,20 +61,11 @@ class EvalProgress:
             self._before = self._done
         text = f"evaluating {self._who}, {what}: {done} of {of}"
         self._bar.update(self._task, completed=self._done, description=text)
-        if self._warm is None:
-            self._warm = (self._done, now)
+        left = self._pace.left(self._done, self._total)
         if not self._console.is_terminal and now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
-            self.note(f"{text}{self._left(now)}")
+            self.note(text if left is None else f"{text}, {duration(left)} left")
 
     def note(self, text: str) -> None:
         """A line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _left(self, now: float) -> str:
-        assert self._warm is not None
-        since, start = self._warm
-        if self._done == since:
-            return ""
-        seconds = round((self._total - self._done) * (now - start) / (self._done - since))
-        return f", {seconds // 60}:{seconds % 60:02} left"

@@ -14,16 +14,10 @@ function kl(row) {
   return values.length ? mean(values) : null;
 }
 
-const isCorrect = (row) => (row.correct !== undefined && row.correct !== null ? row.correct : Object.values(row.scores || {})[0] >= 1);
+const isCorrect = (row) => row.correct === true;
 
 /** The place of a drawn token among the teacher's likeliest; null if it is none of them. */
-function rank(tokens, i) {
-  if (tokens.teacher_rank) return tokens.teacher_rank[i];
-  // Files of before there were ranks: by the text, which half a character does not have.
-  const own = tokens.texts[i] || tokens.names[i];
-  const found = tokens.teacher_top[i].findIndex(([text]) => text === own);
-  return found < 0 ? null : found;
-}
+const rank = (tokens, i) => tokens.teacher_rank[i];
 
 /** How strong the colour of a value is, from 0 to 1. */
 function strength({ top, power }, value) {
