@@ -25,10 +25,10 @@ def trained_first(config: Config, accept_changes: bool) -> list[Config]:
             run = model_of(config, role).run
             raise ValueError(f"{role}.run={run}, which is trained first: {error}") from error
     _check(config)
-    if has_begun(config):
-        # What a run has begun to learn from stays as it is.
-        for inner in needed.values():
-            check_same_run(inner, accept_changes, also=("train.num_steps",))
+    # What a run has begun to learn from stays as it is.
+    stays = ("train.num_steps",) if has_begun(config) else ()
+    for inner in needed.values():
+        check_same_run(inner, accept_changes, also=stays)
     if missing and hosts.is_first():
         # Training itself would find out, but only after the others.
         RewardPool.of(config.reward).close()

@@ -567,6 +567,7 @@ def test_what_only_observes_a_run_may_change(tmp_path):
     path = config_file(tmp_path, log={"dir": str(tmp_path / "run")})
     (tmp_path / "run").mkdir()
     save_config(load_config(path, []), tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     same = ["plan.topology=v6e:2x4", "cache_dir=null", "log.profile_steps=[1, 2]"]
     check_same_run(load_config(path, same))
     with pytest.raises(ValueError, match=r"seed was \d+, is 9"):
