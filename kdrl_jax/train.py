@@ -30,7 +30,7 @@ from kdrl_jax.held_out import HeldOut, crossed
 from kdrl_jax.logged import LoggedRollouts
 from kdrl_jax.metrics import Clock, Compiles
 from kdrl_jax.optim import make_schedule
-from kdrl_jax.paths import as_path, is_passing
+from kdrl_jax.paths import as_path, is_outage
 from kdrl_jax.profiling import Profiler
 from kdrl_jax.progress import Reporter
 from kdrl_jax.record import SKIPPED_KEPT, Record
@@ -88,14 +88,14 @@ def train(
         directory = within or config.run_dir
         if not train(inner, console, should_stop, accept_changes=accept_changes, within=directory):
             return False
+    with console.status("loading the models"):
+        setup = make_setup(config)
+        run = Run(setup, console, should_stop, accept_changes, within or config.run_dir)
     try:
-        with console.status("loading the models"):
-            setup = make_setup(config)
-            run = Run(setup, console, should_stop, accept_changes, within or config.run_dir)
         with run:
             return run.loop()
     except Exception as error:
-        if not is_passing(error):
+        if not is_outage(error):
             raise
         # No mistake in what was given: the same command may go on.
         raise TrainingError(" ".join(str(error).split())) from error

@@ -27,6 +27,7 @@ from test_train import SHAPE, TREE, assert_same_run, metrics, run
 from kdrl_jax import sharding
 from kdrl_jax.config import EvalOptions, MeshConfig, load_config, load_run_config
 from kdrl_jax.eval import evaluate
+from kdrl_jax.metrics import read_json
 from kdrl_jax.models import adapters
 from kdrl_jax.models.block import READS_AND_WRITES, Holding, LoRA
 from kdrl_jax.models.decoder import make_model
@@ -383,6 +384,15 @@ def test_a_model_of_another_run_stays_the_one_that_was_begun_with(tmp_path, trai
         ValueError, match=r"was begun with step 4 of .* as its student, .* there are 2, 5; put"
     ):
         make_setup(config)
+    # Another run that takes its place (--accept-changes) is begun with at its own newest.
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    other = load_config(tmp_path / "next.yaml", [f"student.run={tmp_path / 'other'}"])
+    make_setup(other)
+    record_models(other)
+    assert read_json(tmp_path / "run" / "models.json")["student"] == {
+        "run": str(tmp_path / "other"),
+        "step": 5,
+    }
     (tmp_path / "run" / "models.json").unlink()
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), make_setup(config).frozen, before)
     assert any(jax.tree.leaves(changed))

@@ -116,22 +116,28 @@ def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:
 
 
 def record_models(config: Config) -> None:
-    """Writes down, once, which checkpoints of other runs a run is begun with: those may be trained on."""
-    file = as_path(config.run_dir) / _MODELS
-    if not hosts.is_first() or file.exists():
+    """Writes down which checkpoints of other runs a run is begun with: those may be trained on. What is
+    written of a run stays."""
+    if not hosts.is_first():
         return
-    steps = {
-        role: (str(run), _newest(run)) for role in roles(config) if (run := run_of(config, role)) is not None
-    }
-    if steps:
-        write_json(file, {role: {"run": run, "step": step} for role, (run, step) in steps.items()})
+    before, now = _recorded(config), {}
+    for role in roles(config):
+        if (run := run_of(config, role)) is not None:
+            step = recorded_step(config, role)
+            now[role] = {"run": str(run), "step": _newest(run) if step is None else step}
+    if now != before:
+        write_json(as_path(config.run_dir) / _MODELS, now)
 
 
 def recorded_step(config: Config, role: Role) -> int | None:
-    """The checkpoint that a role's model is from; None before it was written down: the newest."""
+    """The checkpoint that a role's model is from; None where none of its run was written down: the newest."""
+    found = _recorded(config).get(role)
+    return found["step"] if found is not None and found["run"] == str(run_of(config, role)) else None
+
+
+def _recorded(config: Config) -> dict[Role, Any]:
     file = as_path(config.run_dir) / _MODELS
-    found = read_json(file).get(role) if file.exists() else None
-    return None if found is None else int(found["step"])
+    return read_json(file) if file.exists() else {}
 
 
 def _newest(run: Path) -> int | None:
