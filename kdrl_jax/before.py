@@ -4,14 +4,14 @@ from kdrl_jax import hosts
 from kdrl_jax.config import Config, save_config
 from kdrl_jax.paths import as_path, make_folder
 from kdrl_jax.rewards.pool import RewardPool
-from kdrl_jax.runs import check_same_run, has_begun, is_complete, model_of, prerequisites
+from kdrl_jax.runs import check_same_run, check_settled, has_begun, is_complete, model_of, prerequisites
 from kdrl_jax.setup import check_mesh
 from kdrl_jax.writers import check_writers
 
 
 def trained_first(config: Config, accept_changes: bool) -> list[Config]:
-    """The runs that a run's models come from. If some are still to be trained, the run's config is written,
-    so that its directory can be resumed from now on.
+    """The runs that a run's models come from. If some are still to be trained, the config of a run that has
+    not begun is written, so that its directory can be resumed from now on.
 
     Raises:
         ValueError, FileNotFoundError: a mistake in the config of the run, or of one of those.
@@ -25,15 +25,19 @@ def trained_first(config: Config, accept_changes: bool) -> list[Config]:
             run = model_of(config, role).run
             raise ValueError(f"{role}.run={run}, which is trained first: {error}") from error
     _check(config)
-    # What a run has begun to learn from stays as it is.
-    stays = ("train.num_steps",) if has_begun(config) else ()
-    for inner in needed.values():
-        check_same_run(inner, accept_changes, also=stays)
+    begun = has_begun(config)
+    for role, inner in needed.items():
+        # What a run has begun to learn from stays as it is.
+        if begun or role not in missing:
+            check_settled(config, role, inner)
+        else:
+            check_same_run(inner, accept_changes)
     if missing and hosts.is_first():
         # Training itself would find out, but only after the others.
         RewardPool.of(config.reward).close()
-        make_folder(as_path(config.run_dir))
-        save_config(config, config.run_dir)
+        if not begun:
+            make_folder(as_path(config.run_dir))
+            save_config(config, config.run_dir)
     return list(needed.values())
 
 

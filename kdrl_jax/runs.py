@@ -79,7 +79,6 @@ def check_changes(
     before: dict[str, Any],
     accept: bool,
     accepted: Sequence[Change] = (),
-    also: Sequence[str] = (),
 ) -> list[Change]:
     """What a run goes on with that it did not have before.
 
@@ -87,30 +86,49 @@ def check_changes(
         before: the settings it had, dumped.
         accept: whether all of them may have changed.
         accepted: those that may.
-        also: free settings that may not.
 
     Raises:
         ValueError: some give its updates another meaning.
     """
     found = changes(before, config.model_dump(mode="json"))
-    refused = [str(x) for x in found if not (accept or (x.is_free and x.key not in also) or x in accepted)]
-    if refused:
-        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+    if refused := [x for x in found if not (accept or x.is_free or x in accepted)]:
         raise ValueError(
-            f"{config.run_dir} was trained with other settings ({'; '.join(refused[:5])}{more}); undo that, "
-            "choose another log.dir, or go on with these by --accept-changes"
+            f"{_other_settings(config, refused)}; undo that, choose another log.dir, or go on with these by "
+            "--accept-changes"
         )
     return found
 
 
-def check_same_run(config: Config, accept: bool = False, also: Sequence[str] = ()) -> None:
+def check_same_run(config: Config, accept: bool = False) -> None:
     """`check_changes` from what the run directory says, if the run has begun: before, nothing depends on it.
+    Raises as that."""
+    if has_begun(config):
+        check_changes(config, load_run_config(config.run_dir).model_dump(mode="json"), accept)
+
+
+def check_settled(config: Config, role: Role, inner: Config) -> None:
+    """That a run which will not be trained again is the one that a role's model is to come from.
 
     Args:
-        also: settings that may not have changed either.
+        inner: as `prerequisites` has it.
+
+    Raises:
+        ValueError: it was trained with other settings.
     """
-    if has_begun(config):
-        check_changes(config, load_run_config(config.run_dir).model_dump(mode="json"), accept, also=also)
+    if not has_begun(inner):
+        return
+    found = changes(load_run_config(inner.run_dir).model_dump(mode="json"), inner.model_dump(mode="json"))
+    if refused := [x for x in found if not x.is_free or x.key == "train.num_steps"]:
+        raise ValueError(
+            f"{role}.run={model_of(config, role).run}: {_other_settings(inner, refused)}, and is not "
+            f"trained again; undo that, give {role}.run={inner.run_dir} to take it as it is, or choose "
+            "another log.dir"
+        )
+
+
+def _other_settings(config: Config, changed: Sequence[Change]) -> str:
+    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return f"{config.run_dir} was trained with other settings ({'; '.join(map(str, changed[:5]))}{more})"
 
 
 def check_shared(run_dir: Path) -> None:

@@ -138,7 +138,7 @@ class Run:
             self.alarms.at(metrics)
         if len(before) < step:
             self.notes.append(f"metrics.jsonl has {len(before)} of the {step} steps before; the rest is lost")
-        record_models(c)
+        record_models(c, setup.run_steps)
         self.reporter = Reporter(console, c.name, step, c.train.num_steps, before)
         self.compiles = Compiles()
         self.profiler = Profiler(run_dir / "profile", c.log.profile_steps)
@@ -294,8 +294,9 @@ class Run:
             metrics = self.diagnostics(minibatch) if number == 0 else {}
             clock.lap("time/diagnostics")
             metrics |= self.run_update(minibatch)
-            if in_a_row := int(metrics.pop("skipped_in_a_row")):
-                self.skipped(metrics, in_a_row, minibatch, rounds)
+            in_a_row, is_spike = int(metrics.pop("skipped_in_a_row")), bool(metrics.pop("is_spike"))
+            if in_a_row:
+                self.skipped(metrics, in_a_row, is_spike, minibatch, rounds)
             clock.lap("time/update")
             # Time and throughput belong to the iteration; they are written with its last step.
             last = number == c.train.updates_per_iteration - 1
@@ -397,7 +398,9 @@ class Run:
             self.state, measured = self.update(self.state, self.setup.frozen, minibatch, self.scorer.heads)
         return {"step": step} | jax.device_get(measured)
 
-    def skipped(self, metrics: Metrics, in_a_row: int, minibatch: Minibatch, rounds: Sequence[Round]) -> None:
+    def skipped(
+        self, metrics: Metrics, in_a_row: int, is_spike: bool, minibatch: Minibatch, rounds: Sequence[Round]
+    ) -> None:
         """Says that an update was skipped, and keeps what it was made from.
 
         Raises:
@@ -405,8 +408,9 @@ class Run:
         """
         c, step = self.config, metrics["step"]
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        why = "a spike (train.spike_sigmas)" if finite else "not finite"
+        why = "not finite"
+        if math.isfinite(loss) and math.isfinite(norm):
+            why = "a spike (train.spike_sigmas)" if is_spike else "finite, but the optimizer's update is not"
         texts = [
             row
             for sampled in rounds

@@ -35,6 +35,7 @@ from kdrl_jax.models.head import head_logits
 from kdrl_jax.optim import make_optimizer
 from kdrl_jax.rollout.sampling import seed_key
 from kdrl_jax.setup import abstract_params, make_setup, record_models
+from kdrl_jax.setup.parameters import recorded_step
 from kdrl_jax.step import Objective, make_update
 from kdrl_jax.train import train
 from kdrl_jax.types import TrainState
@@ -373,8 +374,9 @@ def test_a_model_of_another_run_stays_the_one_that_was_begun_with(tmp_path, trai
     (tmp_path / "next.yaml").write_text(yaml.safe_dump(tree))
     config = load_config(tmp_path / "next.yaml")
     (tmp_path / "run").mkdir()
-    record_models(config)
-    before = make_setup(config).frozen
+    setup = make_setup(config)
+    record_models(config, setup.run_steps)
+    before = setup.frozen
     checkpoints = tmp_path / "base" / "checkpoints"
     # Other weights, of a run that has gone on.
     shutil.copytree(checkpoints / "2", checkpoints / "5")
@@ -387,12 +389,14 @@ def test_a_model_of_another_run_stays_the_one_that_was_begun_with(tmp_path, trai
     # Another run that takes its place (--accept-changes) is begun with at its own newest.
     shutil.copytree(tmp_path / "base", tmp_path / "other")
     other = load_config(tmp_path / "next.yaml", [f"student.run={tmp_path / 'other'}"])
-    make_setup(other)
-    record_models(other)
+    record_models(other, make_setup(other).run_steps)
     assert read_json(tmp_path / "run" / "models.json")["student"] == {
         "run": str(tmp_path / "other"),
         "step": 5,
     }
+    # By another name it is the same run.
+    other = load_config(tmp_path / "next.yaml", [f"student.run={tmp_path / 'base' / '..' / 'other'}"])
+    assert recorded_step(other, "student") == 5
     (tmp_path / "run" / "models.json").unlink()
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), make_setup(config).frozen, before)
     assert any(jax.tree.leaves(changed))

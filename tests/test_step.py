@@ -622,6 +622,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
     assert jnp.abs(flat(after.params) - flat(state.params)).max() > 0
 
 
+def test_an_update_that_is_not_finite_is_skipped_though_its_gradient_is():
+    c, optimizer = config(), optax.scale(jnp.inf)
+    update = jax.jit(make_update(Objective(c, STUDENT, HEAD, SHAPE), optimizer))
+    state = TrainState.first(PARAMS, optimizer.init(PARAMS))
+    after, metrics = update(state, {}, minibatch(c, make_batch(c)), ())
+    assert np.isfinite(metrics["grad_norm"])
+    assert int(metrics["skipped_in_a_row"]) == 1
+    assert not metrics["is_spike"]
+    np.testing.assert_array_equal(flat(after.params), flat(state.params))
+
+
 def test_a_spike_is_skipped_too_where_that_is_asked_for():
     optimizer = optax.scale_by_adam()
     state = TrainState.first(PARAMS, optimizer.init(PARAMS))
@@ -633,7 +644,7 @@ def test_a_spike_is_skipped_too_where_that_is_asked_for():
         update = jax.jit(make_update(Objective(c, STUDENT, HEAD, SHAPE), optimizer))
         after, metrics = update(state, {}, minibatch(c, make_batch(c)), ())
         assert np.isfinite(metrics["loss"])
-        assert int(metrics["skipped_in_a_row"]) == (not taken)
+        assert int(metrics["skipped_in_a_row"]) == bool(metrics["is_spike"]) == (not taken)
         assert bool(jnp.abs(flat(after.params) - flat(state.params)).max() > 0) == taken
         assert int(after.usual.count) == 100 + taken
 

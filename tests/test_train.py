@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 from tiny_runs import SHAPE, TASK, TREE, assert_same_run, config_file, metrics, run
 
+from kdrl_jax.before import trained_first
 from kdrl_jax.checkpoint import Checkpoints
 from kdrl_jax.config import load_config, load_run_config, save_config
 from kdrl_jax.main import main
@@ -257,6 +258,12 @@ def test_stopped_in_a_prerequisite_resumes_the_whole(tmp_path, capsys):
     again = load_run_config(tmp_path / "run")
     assert train(again, Console(quiet=True), lambda: False)
     assert is_complete(config)
+    # What has been trained first is not trained again, whatever is accepted.
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**sft, "seed": 3, "optimizer": {"b1": 0.8}}))
+    replaced = [f"log.dir={tmp_path / 'run'}", f"student.run={tmp_path / 'other.yaml'}"]
+    other = load_config(tmp_path / "kdrl.yaml", replaced)
+    with pytest.raises(ValueError, match=r"b1 was 0.9, is 0.8.*give student.run=.*run/student to take it"):
+        trained_first(other, accept_changes=True)
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])

@@ -1,10 +1,11 @@
 """Where a config's models and tokenizers are, before anything of them is on a device."""
 
+from kdrl_jax.checkpoint import MisfitError
 from kdrl_jax.config import Config, ModelConfig, TokenizerConfig, load_run_config
 from kdrl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from kdrl_jax.models.load import ModelSource, open_model
 from kdrl_jax.runs import Role, model_of, run_of
-from kdrl_jax.setup.parameters import Found, load_run, recorded_step
+from kdrl_jax.setup.parameters import Found, load_run, newest_step, recorded_step
 from kdrl_jax.types import Params
 
 
@@ -42,20 +43,24 @@ class Finder:
         model, run = model_of(config, role), run_of(config, role)
         if run is not None:
             trained = load_run_config(run)
-            inner, step = self.find(trained, "student", num_tokens), recorded_step(config, role)
+            inner, recorded = self.find(trained, "student", num_tokens), recorded_step(config, role)
+            # Once: a run that is trained on meanwhile has a newer one when its model is loaded.
+            step = newest_step(run) if recorded is None else recorded
 
             def load_recorded(abstract: Params) -> Params:
                 try:
                     return load_run(run, trained, inner, abstract, step)
+                except MisfitError:
+                    raise
                 except ValueError as error:
-                    if step is None:
+                    if recorded is None:
                         raise
                     raise ValueError(
                         f"{config.run_dir} was begun with step {step} of {run} as its {role}, and goes on "
                         f"with no other: {error}; put that checkpoint back, or begin in another log.dir"
                     ) from error
 
-            return Found(inner.config, load_recorded, inner.source)
+            return Found(inner.config, load_recorded, inner.source, run_step=step)
         source = self._open(model) if model.path is not None else open_model(model, num_tokens)
         load = source.load if source.has_weights else None
         return Found(source.config, load, source, loads_int8=True)

@@ -1,7 +1,7 @@
 """Parameters: their types and places, and how they come there from files, runs or nothing."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from kdrl_jax.models.decoder import Model, make_model
 from kdrl_jax.models.decoder_config import DecoderConfig
 from kdrl_jax.models.load import ModelSource
 from kdrl_jax.models.quantize import quantize_params
-from kdrl_jax.paths import as_path
+from kdrl_jax.paths import absolute, as_path
 from kdrl_jax.rollout.sampling import seed_key
-from kdrl_jax.runs import Role, roles, run_of
+from kdrl_jax.runs import Role, run_of
 from kdrl_jax.types import Params
 
 _MODELS = "models.json"
@@ -38,6 +38,8 @@ class Found:
     """Where the model began, through all runs."""
     loads_int8: bool = False
     """Whether `load` itself quantises, tensor by tensor."""
+    run_step: int | None = None
+    """Of the run that it comes from, if it comes from one: the checkpoint that `load` reads."""
 
 
 def load_params(found: Found, model: Model, mesh: Mesh, dtype: Any, seed: int) -> Params:
@@ -115,24 +117,32 @@ def _restore(run: Path, abstract: Params, step: int | None = None) -> Params:
         checkpoints.close()
 
 
-def record_models(config: Config) -> None:
-    """Writes down which checkpoints of other runs a run is begun with: those may be trained on. What is
-    written of a run stays."""
-    if not hosts.is_first():
-        return
-    before, now = _recorded(config), {}
-    for role in roles(config):
-        if (run := run_of(config, role)) is not None:
-            step = recorded_step(config, role)
-            now[role] = {"run": str(run), "step": _newest(run) if step is None else step}
-    if now != before:
+def record_models(config: Config, steps: Mapping[Role, int]) -> None:
+    """Writes down which checkpoints of other runs a run is begun with: those may be trained on.
+
+    Args:
+        steps: what has been loaded, of the roles whose models come from runs.
+    """
+    now = {role: {"run": _name_of(config, role), "step": step} for role, step in steps.items()}
+    if hosts.is_first() and now != _recorded(config):
         write_json(as_path(config.run_dir) / _MODELS, now)
 
 
 def recorded_step(config: Config, role: Role) -> int | None:
-    """The checkpoint that a role's model is from; None where none of its run was written down: the newest."""
+    """The checkpoint that a role's model is from; None where none of its run was written down."""
     found = _recorded(config).get(role)
-    return found["step"] if found is not None and found["run"] == str(run_of(config, role)) else None
+    return found["step"] if found is not None and found["run"] == _name_of(config, role) else None
+
+
+def newest_step(run: Path) -> int | None:
+    """The newest checkpoint of a run; None if there is none."""
+    if not (absolute(run) / "checkpoints").is_dir():
+        return None
+    checkpoints = Checkpoints(run)
+    try:
+        return checkpoints.latest_step
+    finally:
+        checkpoints.close()
 
 
 def _recorded(config: Config) -> dict[Role, Any]:
@@ -140,9 +150,10 @@ def _recorded(config: Config) -> dict[Role, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def _newest(run: Path) -> int | None:
-    checkpoints = Checkpoints(run)
-    try:
-        return checkpoints.latest_step
-    finally:
-        checkpoints.close()
+def _name_of(config: Config, role: Role) -> str:
+    """The run that a role's model comes from: one inside the run that it is for by its place there, so that
+    both can be moved together."""
+    run, here = run_of(config, role), absolute(config.run_dir)
+    assert run is not None
+    there = absolute(run)
+    return str(there.relative_to(here) if there.is_relative_to(here) else there)

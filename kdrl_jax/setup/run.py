@@ -60,6 +60,8 @@ class Setup:
     """Whether teachers and reference wait in host memory while they do not score."""
     notes: tuple[str, ...]
     """What the comparison of the models found worth knowing, a line each."""
+    run_steps: Mapping[Role, int] = dataclasses.field(default_factory=dict)
+    """Of models that come from runs: the checkpoint that each is from."""
 
     def student_params(self, trainable: Params) -> Params:
         """All of the student's parameters."""
@@ -168,7 +170,7 @@ def make_setup(config: Config, needed: Collection[Role] | None = None) -> Setup:
     student = _student(config, found["student"].config, mesh)
     frozen, init_trainable = _prepare_student(config, found["student"], student, mesh)
     shapes = {role: source.config for role, source in found.items()}
-    return _assemble(
+    setup = _assemble(
         config,
         mesh,
         tokenizer,
@@ -179,6 +181,8 @@ def make_setup(config: Config, needed: Collection[Role] | None = None) -> Setup:
         (pairing.num_tokens, (*pairing.notes, *_whole_heads(shapes, mesh))),
         (*config.all_teachers, "reference") if needed is None else needed,
     )
+    steps = {role: source.run_step for role, source in found.items() if source.run_step is not None}
+    return dataclasses.replace(setup, run_steps=steps)
 
 
 def _whole_heads(shapes: Mapping[Role, DecoderConfig], mesh: Mesh) -> Iterator[str]:

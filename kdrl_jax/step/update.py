@@ -23,8 +23,8 @@ def make_update(
     with the state donated. The student is the state's parameters over the frozen ones, of which there are
     none without adapters.
 
-    A gradient that is not finite, or a spike, changes nothing but the counters: the step is taken for
-    schedules, parameters and moments stay as they are.
+    A loss, a gradient or an update that is not finite, or a spike, changes nothing but the counters: the step
+    is taken for schedules, parameters and moments stay as they are.
     """
     config, terms = objective.config, objective.terms
     learning_rate = make_schedule(config.optimizer.learning_rate)
@@ -43,10 +43,11 @@ def make_update(
 
         (loss, sums), grads = objective.accumulate(loss_and_gradient, minibatch)
         grad_norm = optax.global_norm(grads)
-        taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         now_2 = measures(loss, grad_norm)
+        spike = jnp.array(False)
         if config.train.spike_sigmas is not None:
-            taken &= ~is_spike(state.usual, now_2, config.train.spike_sigmas)
+            spike = is_spike(state.usual, now_2, config.train.spike_sigmas)
+        taken = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~spike
         lr = learning_rate(state.step)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -75,6 +76,7 @@ def make_update(
             "lr": jnp.asarray(lr),
             "skipped_updates": new.skipped_total,
             "skipped_in_a_row": new.skipped,
+            "is_spike": spike,
             "padding_frac": minibatch.packs.padding_frac,
         }
         return new, metrics
