@@ -110,6 +110,7 @@ def check_writable(folder: Path) -> None:
     """That files can be written to a folder, which may not be there yet; nothing stays behind.
 
     Raises:
+        PermissionError: they may not.
         OSError: they cannot.
     """
     check_bucket(folder)
@@ -120,9 +121,8 @@ def check_writable(folder: Path) -> None:
             probe.unlink()
         except Exception as error:  # each library has errors of its own
             line = " ".join(str(error).split())[:200]
-            raise OSError(
-                f"{folder} cannot be written ({line}); check what the credentials may do"
-            ) from error
+            kind = PermissionError if _is_refusal(error) else OSError
+            raise kind(f"{folder} cannot be written ({line}); check what the credentials may do") from error
         return
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -157,9 +157,9 @@ _WRONG = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 def is_passing(error: BaseException) -> bool:
     """Whether it is an outage that may be over at the next try: no wrong name, no missing right."""
-    if isinstance(error, (*_WRONG_NAMES, PermissionError)) or getattr(error, "errno", None) in _WRONG:
+    if isinstance(error, _WRONG_NAMES) or getattr(error, "errno", None) in _WRONG:
         return False
-    return is_outage(error)
+    return is_outage(error) and not _is_refusal(error)
 
 
 def make_folder(path: Path) -> None:

@@ -150,6 +150,7 @@ BAD_INVOCATIONS = [
         (TimeoutError("no answer"), 1),
         (OSError(28, "No space left on device"), 1),
         (PermissionError("not yours"), 2),
+        (OSError("Forbidden: https://storage.googleapis.com/storage/v1/b/mine, 403"), 2),
         (FileNotFoundError("no such file"), 2),
         (ValueError("wrong"), 2),
         (TrainingError("NaN"), 1),

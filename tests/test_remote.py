@@ -117,7 +117,7 @@ def test_whether_results_can_be_written_is_known_before(store, request, monkeypa
         raise RuntimeError("403 Forbidden")
 
     monkeypatch.setattr(type(folder), "write_bytes", refused)
-    with pytest.raises(OSError, match="403 Forbidden"):
+    with pytest.raises(PermissionError, match="403 Forbidden"):
         paths.check_writable(folder)
 
 
