@@ -233,6 +233,14 @@ def test_evaluations_whose_names_are_the_same_or_hold_markup_are_all_shown(tmp_p
     assert "run [/b]: held-out" in said
 
 
+def test_an_evaluation_of_a_model_alone_has_no_step(tmp_path):
+    """`eval --config MODEL out=RUN/eval`."""
+    run = make_run(tmp_path, "run")
+    results = {"step": None, "num_prompts": 9, "greedy/accuracy": 0.5}
+    write_json(run / "eval" / "eval_1.json", {"overrides": [], "evaluations": {"student": results}})
+    assert read_run(run).evaluations["eval, student"] == results
+
+
 def test_panels_find_what_has_many_names(tmp_path):
     run = make_run(
         tmp_path, "run", of=60, overrides=["ref.coef={kind: piecewise, values: {0: 0.0, 50: 0.1}}"]

@@ -121,9 +121,10 @@ def read_evaluations(run_dir: Path, last_step: int | None = None) -> Evaluations
         given = [one if len(one) <= 80 else f"{one[:77]}..." for one in content["overrides"]]
         by = f"eval with {', '.join(given)}" if given else "eval"
         for model, results in content["evaluations"].items():
-            if last_step is not None and results.get("step", 0) > last_step:
+            step = results.get("step")  # of a model alone there is none
+            if last_step is not None and (step or 0) > last_step:
                 continue
-            name = f"step {results['step']}" if "step" in results else model
+            name = model if step is None else f"step {step}"
             # Other settings may be called the same.
             by_this = f"{by} ({path.stem.removeprefix('eval_')[:6]})" if f"{by}, {name}" in found else by
             found[f"{by_this}, {name}"] = results

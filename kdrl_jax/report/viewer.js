@@ -192,7 +192,7 @@ class Viewer {
     return h("article", { class: "card", "aria-label": `sample ${row.sample}, ${right ? "correct" : "wrong"}` },
       h("header", {}, h("span", { class: `verdict ${right ? "right" : "wrong"}` }, right ? "✓ correct" : "✗ wrong"), h("span", { class: "muted" }, [row.how || `sample ${row.sample}`, end].filter(Boolean).join(" · "))),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      row.error ? h("p", { class: "error" }, `no verdict: ${row.error}`) : null,
+      row.error ? h("p", { class: "error" }, `a reward function failed: ${row.error}`) : null,
       text);
   }
 

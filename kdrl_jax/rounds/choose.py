@@ -40,7 +40,7 @@ class Round:
     correct_B: np.ndarray
     """bool: the verifier's verdict."""
     parts: dict[str, np.ndarray]
-    """float32 [B] each: what each function scored, before its weight, and 0 without a verdict; empty for
+    """float32 [B] each: what each function scored, before its weight, and 0 if it failed; empty for
     completions of a dataset."""
     lengths_B: np.ndarray
     """int32: completion tokens."""

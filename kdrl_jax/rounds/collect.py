@@ -187,12 +187,12 @@ class Collector:
         )
 
     def _tell_errors(self, scored: list[Scored], reporter: Reporter) -> None:
-        """Says so once, if answers got no verdict."""
+        """Says so once, if reward functions have failed."""
         errors = [s.error for s in scored if s.error is not None]
         if not errors or self._told_errors:
             return
         self._told_errors = True
         reporter.note(
-            f"{len(errors)} of {len(scored)} answers got no verdict and score 0, the first: {errors[0]} "
-            "(later ones are counted in reward/errors)"
+            f"reward functions failed on {len(errors)} of {len(scored)} answers, which is a score of 0; the "
+            f"first: {errors[0]} (later ones are counted in reward/errors)"
         )
