@@ -297,6 +297,10 @@ MISTAKES = {
         ["log.dir=gs://bucket/b", "--run-dir"],
     ),
     "unknown command": (("run.sh", "evl", "--config", CONFIG), ["evl", "did you mean eval?"]),
+    "changes in eval": (
+        ("run.sh", "eval", "--config", CONFIG, "--accept-changes"),
+        ["--accept-changes", "eval changes no run"],
+    ),
     "command of one machine": (("run.sh", "plan", "--config", CONFIG), ["plan runs on one machine"]),
     "setting without a value": (
         ("run.sh", "--config", CONFIG, "train.num_steps=1", "loud"),

@@ -319,7 +319,10 @@ check_run_command() {
     arguments=(${command[@]+"${command[@]}"} --config "$config" --coordinator auto)
     [[ -z ${option_value[run-dir]} ]] || arguments+=("log.dir=${option_value[run-dir]}")
     arguments+=(${overrides[@]+"${overrides[@]}"})
-    if is_set accept-changes; then arguments+=(--accept-changes); fi
+    if is_set accept-changes; then
+        [[ ${command[*]-} != eval ]] || mistake "--accept-changes is about training; eval changes no run"
+        arguments+=(--accept-changes)
+    fi
 }
 
 # Lets the program take as long to save as the cluster does, less a moment for its end to be seen.
