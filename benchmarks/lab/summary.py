@@ -109,8 +109,10 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 
 def _write_configs(lab: Lab) -> list[Path]:
     """The config of each method with what was chosen for it, as its first seed was run: but where it lies,
-    and with the configs of its models in the place of what was trained from them."""
-    models = {name: CONFIGS.relative_to(ROOT) / f"{name}.yaml" for name in Models.model_fields}
+    and with the configs of its models in the place of what was trained from them. Run by itself, it trains
+    those with its own seed first, and not with the lab's."""
+    files = lab.protocol.models.model_dump()
+    models = {name: CONFIGS.relative_to(ROOT) / file for name, file in files.items()}
     written = []
     for teacher in TEACHERS:
         for method, jobs in lab.plan.finals(teacher).items():

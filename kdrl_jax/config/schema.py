@@ -24,6 +24,9 @@ from kdrl_jax.config.models import ModelConfig, TokenizerConfig
 from kdrl_jax.config.objective import EntropyConfig, KDConfig, RefConfig, RLConfig, SFTConfig
 from kdrl_jax.config.schedules import Schedule, constant, is_zero
 
+MAX_TIME_LIMIT_S = 86_400.0
+"""A day: beyond any answer, and short enough for every system's timers."""
+
 
 class RolloutConfig(Section):
     source: Literal["student", "teacher", "dataset"] = "student"
@@ -70,7 +73,7 @@ class RewardConfig(Section):
     shaping: dict[str, Real] = Field(default_factory=dict)
     """Further reward functions and their weights, added to the verifier's score, e.g. `{format: 0.1}`."""
     num_workers: Positive = 2
-    time_limit_s: Annotated[float, Field(strict=True, gt=0, le=86400)] = 2.0
+    time_limit_s: Annotated[float, Field(strict=True, gt=0, le=MAX_TIME_LIMIT_S)] = 2.0
     """A worker that needs longer for one answer is killed and replaced; the answer scores 0."""
     overlong_buffer: Count = 0
     """Completions that come within so many tokens of what they may have lose reward, in proportion
