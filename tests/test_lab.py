@@ -313,8 +313,8 @@ class TestTables:
     def test_differences(self) -> None:
         table = differences_table(self.runs(), PROTOCOL.new_kinds)
         ten, twenty = "**+10.0 ± 0.0**", "**+20.0 ± 0.0**"
-        assert f"| KDRL | {ten} | {ten} | {ten} | {twenty} | {twenty} | {twenty} |" in table
-        assert f"| GRPO |  |  |  | {ten} | {ten} | {ten} |" in table
+        assert f"| KDRL | {ten} | {ten} | {ten} | {twenty} | {twenty} | {twenty} |  |" in table
+        assert f"| GRPO |  |  |  | {ten} | {ten} | {ten} | {ten.replace('+', '-')} |" in table
 
     def test_methods(self) -> None:
         """Of 0.5, 0.6, 0.7: t(0.975, 2) / sqrt 3 = 2.484 deviations of 0.1, for the KL of half as much."""
@@ -322,9 +322,22 @@ class TestTables:
         accuracy = "60.0 ± 24.8"
         row = [accuracy, accuracy, "100.0 ± 0.0", accuracy, accuracy, "100.0 ± 0.0", "20.0 ± 0.0"]
         assert f"| KDRL | {' | '.join(row)} | 0.300 ± 0.124 |" in table
-        assert "| KDRL | 60.0 ± 24.8 | 60.0 ± 24.8 | 60.0 ± 24.8 | 0.300 ± 0.124 |" in ablation_table(
-            {"KDRL": self.runs()["kdrl"]}, PROTOCOL.new_kinds, "strong"
+
+    def test_ablation(self) -> None:
+        """Differences are paired with the same variant of what it is compared with."""
+        runs, kinds = self.runs(), PROTOCOL.new_kinds
+        variants = {"0.1": runs["kdrl"], "0.5": runs["grpo"]}
+        against = {
+            "A": {"0.1": runs["grpo"], "0.5": runs["grpo"]},
+            "B": {"0.1": runs["kd_rkl"], "0.5": runs["kdrl"]},
+        }
+        head, _, first, second = ablation_table(variants, against, kinds, "strong").splitlines()
+        assert head.endswith("| KL to the teacher | minus A | minus B |")
+        sixty, ten = "60.0 ± 24.8", "10.0 ± 0.0"
+        assert first == (
+            f"| 0.1 | {sixty} | {sixty} | {sixty} | 0.300 ± 0.124 | **+{ten}** | **+20.0 ± 0.0** |"
         )
+        assert second.endswith(f"| 0.250 ± 0.124 | +0.0 ± 0.0 | **-{ten}** |")
 
     def test_a_best_value_at_an_edge_is_said_so(self) -> None:
         """Of three or more; of schedules by what they differ in."""

@@ -87,8 +87,27 @@ def _beside(lab: Lab, teacher: Teacher) -> dict[str, Callable[[], str]]:
 
 
 def _ablation(lab: Lab, name: str, teacher: Teacher) -> str:
-    variants = lab.known(lab.plan.ablation(name, teacher))
-    return tables.ablation_table(variants, lab.protocol.new_kinds, teacher)
+    """Its variants beside the method as it was reported, and the two that KDRL is made of; beside KD-RKL with
+    the same changes, if that was asked for too."""
+    ablations, seeds = lab.protocol.ablations, lab.protocol.ablation_seeds
+    part, variants = ablations[name], lab.known(lab.plan.ablation(name, teacher))
+
+    def reported(method: str) -> tables.Runs:
+        records = [lab.plan.known(j) for j in lab.plan.finals_of(method, teacher) if j.seed in seeds]
+        return dict.fromkeys(variants, records)
+
+    against = {f"{tables.NAMES[part.method]} above": reported(part.method), "GRPO": reported("grpo")}
+    if part.method != "kd_rkl":
+        alike = [
+            other
+            for other, its in ablations.items()
+            if its.method == "kd_rkl" and its.variants == part.variants and teacher in its.teachers
+        ]
+        if alike:
+            against["KD-RKL likewise"] = lab.known(lab.plan.ablation(alike[0], teacher))
+        else:
+            against["KD-RKL"] = reported("kd_rkl")
+    return tables.ablation_table(variants, against, lab.protocol.new_kinds, teacher)
 
 
 def all_jobs(lab: Lab) -> list[Job]:

@@ -22,7 +22,12 @@ NAMES = {
     "kdrl_mask_group": "KDRL, failed groups",
     "kd_then_rl": "KD-RKL, then GRPO",
 }
-BASELINES = ("grpo", "kd_rkl")
+BASELINES = {
+    "grpo": ("avg@8", "greedy", "avg@8 new"),
+    "kd_rkl": ("avg@8", "greedy", "avg@8 new"),
+    "kdrl": ("avg@8",),
+}
+"""What methods are compared with, and by which measures."""
 Runs = Mapping[str, Sequence[Record]]
 """Method or variant -> records, by seed."""
 
@@ -81,9 +86,10 @@ def methods_table(runs: Runs, new_kinds: Sequence[str], teacher: Teacher) -> str
 
 
 def differences_table(runs: Runs, new_kinds: Sequence[str]) -> str:
-    """Of each method minus GRPO and minus KD-RKL, paired by seed, in points of avg@8 and greedy accuracy."""
+    """Of each method minus those of `BASELINES`, paired by seed, in points."""
     keys = {"avg@8": "", "greedy": ", greedy", "avg@8 new": ", new kind"}
-    head = ["method", *(f"minus {NAMES[base]}{what}" for base in BASELINES for what in keys.values())]
+    bases = [(base, key) for base, measured in BASELINES.items() for key in measured]
+    head = ["method", *(f"minus {NAMES[base]}{keys[key]}" for base, key in bases)]
     values = {
         method: {key: [measures(record, new_kinds)[key] for record in records] for key in keys}
         for method, records in runs.items()
@@ -92,8 +98,7 @@ def differences_table(runs: Runs, new_kinds: Sequence[str]) -> str:
     for method, mine in values.items():
         cells = [
             "" if method == base else _signed(difference_of(mine[key], values[base][key]))
-            for base in BASELINES
-            for key in keys
+            for base, key in bases
         ]
         rows.append([NAMES[method], *cells])
     return _table(head, rows)
@@ -153,15 +158,24 @@ def _name(key: str, value: Any) -> str:
     return "switch" if isinstance(value, dict) and value["kind"] == "piecewise" else key
 
 
-def ablation_table(variants: Runs, new_kinds: Sequence[str], teacher: Teacher) -> str:
-    """One row for each variant."""
+def ablation_table(
+    variants: Runs, against: Mapping[str, Runs], new_kinds: Sequence[str], teacher: Teacher
+) -> str:
+    """One row for each variant.
+
+    Args:
+        against: what avg@8 is compared with, paired by seed: a name -> variant -> records.
+    """
     head = ["", "avg@8", "greedy", "avg@8, new kind", "KL to the teacher"]
     rows = []
     for name, records in variants.items():
         each = [measures(record, new_kinds) for record in records]
         cells = [_percent(mean_of([m[key] for m in each])) for key in ("avg@8", "greedy", "avg@8 new")]
-        rows.append([name, *cells, _kl(records, teacher)])
-    return _table(head, rows)
+        for others in against.values():
+            theirs = [measures(record, new_kinds)["avg@8"] for record in others[name]]
+            cells.append(_signed(difference_of([m["avg@8"] for m in each], theirs)))
+        rows.append([name, *cells[:3], _kl(records, teacher), *cells[3:]])
+    return _table([*head, *(f"minus {name}" for name in against)], rows)
 
 
 def made_with_table(records: Iterable[Record]) -> str:
