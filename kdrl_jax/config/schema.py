@@ -23,9 +23,7 @@ from kdrl_jax.config.data import DataConfig
 from kdrl_jax.config.models import ModelConfig, TokenizerConfig
 from kdrl_jax.config.objective import EntropyConfig, KDConfig, RefConfig, RLConfig, SFTConfig
 from kdrl_jax.config.schedules import Schedule, constant, is_zero
-
-MAX_TIME_LIMIT_S = 86_400.0
-"""A day: beyond any answer, and short enough for every system's timers."""
+from kdrl_jax.rewards.pool import MAX_TIME_LIMIT_S
 
 
 class RolloutConfig(Section):

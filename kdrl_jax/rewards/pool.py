@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kdrl_jax.config.schema import MAX_TIME_LIMIT_S
 from kdrl_jax.rewards.process import WorkerDiedError, WorkerProcess
 
 if TYPE_CHECKING:
     from kdrl_jax.config import RewardConfig
 
+MAX_TIME_LIMIT_S = 86_400.0
+"""A day: beyond any answer, and short enough for every system's timers."""
 _JOIN_LIMIT_S = 10.0
 
 
