@@ -71,12 +71,8 @@ class TestProtocol:
             ({"ablation_seeds": [4]}, r"ablation_seeds=\[4\] must"),
             ({"new_kinds": ["nope"]}, r"new_kinds=\['nope'\] are no labels"),
             (
-                {"ablations": {"x": {"method": "grpo", "teachers": ["strong"], "variants": {}}}},
-                "with a teacher",
-            ),
-            (
                 {"ablations": {"x": {"method": "none", "teachers": ["strong"], "variants": {}}}},
-                "with a teacher",
+                "is of 'none': there are",
             ),
         ],
     )

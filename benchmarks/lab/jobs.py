@@ -86,7 +86,8 @@ def decisive(config: Config) -> dict[str, Any]:
 
 
 def _short(key: str) -> str:
-    return "rate" if key.startswith("optimizer.learning_rate") else key
+    rates = {"optimizer.learning_rate.start": "rate", "optimizer.learning_rate.end": "last rate"}
+    return rates.get(key, key)
 
 
 def _brief(value: Any) -> str:

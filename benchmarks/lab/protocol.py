@@ -70,8 +70,10 @@ class Protocol(_Part):
     @model_validator(mode="after")
     def _check(self) -> "Protocol":
         for name, ablation in self.ablations.items():
-            if ablation.method not in self.methods or not self.methods[ablation.method].has_teacher:
-                raise ValueError(f"ablation {name!r} is of {ablation.method!r}: name a method with a teacher")
+            if ablation.method not in self.methods:
+                raise ValueError(
+                    f"ablation {name!r} is of {ablation.method!r}: there are {list(self.methods)}"
+                )
         for teacher in TEACHERS:
             seeds = self.seeds_of(teacher)
             if self.trial_seed in seeds or not set(self.ablation_seeds) <= set(seeds):

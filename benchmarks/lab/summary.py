@@ -87,8 +87,8 @@ def _beside(lab: Lab, teacher: Teacher) -> dict[str, Callable[[], str]]:
 
 
 def _ablation(lab: Lab, name: str, teacher: Teacher) -> str:
-    """Its variants beside the method as it was reported, and the two that KDRL is made of; beside KD-RKL with
-    the same changes, if that was asked for too."""
+    """Its variants beside the method as it was reported, and the two that KDRL is made of: with the same
+    changes, if that was asked for too."""
     ablations, seeds = lab.protocol.ablations, lab.protocol.ablation_seeds
     part, variants = ablations[name], lab.known(lab.plan.ablation(name, teacher))
 
@@ -96,17 +96,18 @@ def _ablation(lab: Lab, name: str, teacher: Teacher) -> str:
         records = [lab.plan.known(j) for j in lab.plan.finals_of(method, teacher) if j.seed in seeds]
         return dict.fromkeys(variants, records)
 
-    against = {f"{tables.NAMES[part.method]} above": reported(part.method), "GRPO": reported("grpo")}
-    if part.method != "kd_rkl":
-        alike = [
-            other
-            for other, its in ablations.items()
-            if its.method == "kd_rkl" and its.variants == part.variants and teacher in its.teachers
-        ]
-        if alike:
-            against["KD-RKL likewise"] = lab.known(lab.plan.ablation(alike[0], teacher))
-        else:
-            against["KD-RKL"] = reported("kd_rkl")
+    def alike(method: str) -> tables.Runs | None:
+        for other, its in ablations.items():
+            shared = teacher in its.teachers or not lab.protocol.methods[method].has_teacher
+            if its.method == method and its.variants == part.variants and shared:
+                return lab.known(lab.plan.ablation(other, teacher))
+        return None
+
+    against = {f"{tables.NAMES[part.method]} above": reported(part.method)}
+    for method in ("grpo", "kd_rkl"):
+        if method != part.method:
+            same = alike(method)
+            against[f"{tables.NAMES[method]}{' likewise' if same else ''}"] = same or reported(method)
     return tables.ablation_table(variants, against, lab.protocol.new_kinds, teacher)
 
 
