@@ -512,7 +512,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     for name, tree in trees.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    for module in ("jobs", "runner", "protocol"):
+    for module in ("jobs", "runner", "protocol", "summary"):
         monkeypatch.setattr(f"benchmarks.lab.{module}.CONFIGS", configs)
     return tmp_path
 

@@ -132,7 +132,7 @@ def _write_configs(lab: Lab) -> list[Path]:
     and with the configs of its models in the place of what was trained from them. Run by itself, it trains
     those with its own seed first, and not with the lab's."""
     files = lab.protocol.models.model_dump()
-    models = {name: CONFIGS.relative_to(ROOT) / file for name, file in files.items()}
+    models = {name: Path("configs", "lab", file) for name, file in files.items()}
     written = []
     for teacher in TEACHERS:
         for method, jobs in lab.plan.finals(teacher).items():
