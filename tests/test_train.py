@@ -258,6 +258,8 @@ def test_stopped_in_a_prerequisite_resumes_the_whole(tmp_path, capsys):
     again = load_run_config(tmp_path / "run")
     assert train(again, Console(quiet=True), lambda: False)
     assert is_complete(config)
+    # By its place inside, so that both can be moved.
+    assert json.loads((tmp_path / "run" / "models.json").read_text())["student"]["run"] == "student"
     # What has been trained first is not trained again, whatever is accepted.
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**sft, "seed": 3, "optimizer": {"b1": 0.8}}))
     replaced = [f"log.dir={tmp_path / 'run'}", f"student.run={tmp_path / 'other.yaml'}"]
