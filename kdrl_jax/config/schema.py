@@ -23,7 +23,6 @@ from kdrl_jax.config.data import DataConfig
 from kdrl_jax.config.models import ModelConfig, TokenizerConfig
 from kdrl_jax.config.objective import EntropyConfig, KDConfig, RefConfig, RLConfig, SFTConfig
 from kdrl_jax.config.schedules import Schedule, constant, is_zero
-from kdrl_jax.rewards.pool import MAX_TIME_LIMIT_S
 
 
 class RolloutConfig(Section):
@@ -71,7 +70,7 @@ class RewardConfig(Section):
     shaping: dict[str, Real] = Field(default_factory=dict)
     """Further reward functions and their weights, added to the verifier's score, e.g. `{format: 0.1}`."""
     num_workers: Positive = 2
-    time_limit_s: Annotated[float, Field(strict=True, gt=0, le=MAX_TIME_LIMIT_S)] = 2.0
+    time_limit_s: Annotated[float, Field(strict=True, gt=0, le=86400)] = 2.0
     """A worker that needs longer for one answer is killed and replaced; the answer scores 0."""
     overlong_buffer: Count = 0
     """Completions that come within so many tokens of what they may have lose reward, in proportion
