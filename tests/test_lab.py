@@ -417,6 +417,35 @@ class TestResults:
             text = path.read_text()
             assert summary.fill(text, blocks) == text, f"{path}: run python -m benchmarks.lab --summarise"
 
+    @pytest.mark.parametrize("teacher", TEACHERS)
+    def test_ablations_are_compared_with_the_same_change(
+        self, lab: Lab, blocks: dict[str, str], teacher: Teacher
+    ) -> None:
+        """By way of the settings that the records themselves have."""
+
+        def of(method: str, **kd: Any) -> list[float]:
+            found = {}
+            for path in (RESULTS / "runs").rglob("*.json"):
+                record = json.loads(path.read_text())
+                settings = {k: v for k, v in record["settings"].items() if k == "kd.estimator" or "end" in k}
+                mine = record["method"] == method and record["teacher"] in (teacher, None)
+                if mine and record["seed"] in PROTOCOL.ablation_seeds and settings == kd:
+                    found[record["seed"]] = measures(record, PROTOCOL.new_kinds)["avg@8"]
+            assert len(found) == len(PROTOCOL.ablation_seeds)
+            return [found[seed] for seed in sorted(found)]
+
+        def row(block: str, variant: str) -> list[str]:
+            (line,) = (x for x in blocks[block].splitlines() if x.startswith(f"| {variant} |"))
+            return [cell.strip(" *") for cell in line.split("|")]
+
+        full, stays = {"kd.estimator": "full"}, {"optimizer.learning_rate.end": 5e-4}
+        apart = difference_of(of("kdrl", **full), of("kd_rkl", **full))
+        found = row(f"estimator of KDRL, {teacher} teacher", "whole vocabulary")
+        assert found[-2] == f"{apart.value:+.1f} ± {apart.half:.1f}"
+        apart = difference_of(of("kdrl", **stays), of("grpo", **stays))
+        found = row(f"rate of KDRL, {teacher} teacher", "stays at 5e-4")
+        assert found[-3] == f"{apart.value:+.1f} ± {apart.half:.1f}"
+
     def test_documents_show_them(self, blocks: dict[str, str]) -> None:
         readme, page = (path.read_text() for path in summary.DOCUMENTS)
         assert f"<!-- lab: summary -->\n{blocks['summary']}\n" in readme
